@@ -1,0 +1,172 @@
+"""Building one box: stage, create, start, check, release. On any failure nothing of it stays.
+
+The order is the security: the container is compared with its spec before it starts; its PID 1 is our guest, which
+runs nothing until it is released; and it is released only after the kernel has confirmed every confinement and
+every mount.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isolator.agents.channel import Channel, Hello, StartFailure, create_folder, remove_folder
+from isolator.backends.base import Backend
+from isolator.backends.docker.render import container_name
+from isolator.host.folders import HeldFolder, check_mounts_inside, stage, unstage
+from isolator.host.processes import check_confinement
+from isolator.model.box import BoxSpec
+from isolator.model.errors import BadRequest, BoxFailed
+
+_log = logging.getLogger(__name__)
+_GUEST_TIMEOUT = 30.0
+_LOOK_AFTER = 3.0
+_CLEANUP_TIMEOUT = 45.0
+_LOG_LINES = 20
+
+Secrets = Sequence[tuple[str, str, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltBox:
+    """A box that runs: its id on the engine and its PID 1 on the host."""
+
+    box_id: str
+    pid: int
+
+
+class BoxBuilder:
+    """Builds boxes with one backend under one runtime folder."""
+
+    def __init__(self, backend: Backend, runtime_dir: Path) -> None:
+        """`runtime_dir` holds agents/ and mounts/."""
+        self._backend = backend
+        self._runtime = runtime_dir
+
+    def folder(self, agent: str) -> Path:
+        """The agent's folder on the host, /run/isolator in its box."""
+        return self._runtime / "agents" / agent
+
+    def staging(self, agent: str) -> Path:
+        """Where the agent's mounts are staged while it is built."""
+        return self._runtime / "mounts" / agent
+
+    async def build(
+        self, spec: BoxSpec, held: Sequence[HeldFolder], secrets: Secrets, channel: Channel
+    ) -> BuiltBox:
+        """Build and release one box.
+
+        Raises:
+            BoxFailed, BadRequest, Unavailable: what was made is removed.
+        """
+        pending: list[asyncio.Task[Any]] = []
+        try:
+            return await self._build(spec, held, secrets, channel, pending)
+        except BaseException:
+            await asyncio.shield(self._undo(spec, channel, pending))
+            raise
+        finally:
+            if held:
+                await asyncio.to_thread(unstage, self.staging(spec.agent))
+
+    async def _build(
+        self,
+        spec: BoxSpec,
+        held: Sequence[HeldFolder],
+        secrets: Secrets,
+        channel: Channel,
+        pending: list[asyncio.Task[Any]],
+    ) -> BuiltBox:
+        channel.listen()
+        if held:
+            await asyncio.to_thread(stage, spec, held)
+        creating = asyncio.create_task(self._backend.create(spec))
+        pending.append(creating)
+        box_id = await asyncio.shield(creating)
+        channel.expect(box_id)
+        starting = asyncio.create_task(self._backend.start(box_id))
+        pending.append(starting)
+        hello = await self._await_guest(box_id, channel, starting)
+        check_confinement(hello.pid, spec)
+        check_mounts_inside(spec, hello.pid)
+        started = await asyncio.wait_for(channel.release(secrets), _GUEST_TIMEOUT)
+        if isinstance(started, StartFailure):
+            raise _command_refused(spec, started)
+        # The engine calls it running only when its start call returns; until then `docker ps` would disagree.
+        await asyncio.shield(starting)
+        return BuiltBox(box_id, hello.pid)
+
+    async def _await_guest(self, box_id: str, channel: Channel, starting: asyncio.Task[None]) -> Hello:
+        greeting = asyncio.create_task(channel.hello())
+        try:
+            await asyncio.wait(
+                {greeting, starting}, return_when=asyncio.FIRST_COMPLETED, timeout=_GUEST_TIMEOUT
+            )
+            if not greeting.done() and starting.done():
+                starting.result()
+                await asyncio.wait({greeting}, timeout=_LOOK_AFTER)
+            if not greeting.done():
+                box = await self._backend.inspect(box_id)
+                if starting.done() and (box is None or box.state == "exited"):
+                    raise BoxFailed(
+                        "guest_failed",
+                        "The box's PID 1 ended before it could report. Is the image's Python whole?",
+                        output=await self._last_words(box_id),
+                    )
+            return await asyncio.wait_for(greeting, _GUEST_TIMEOUT)
+        except TimeoutError:
+            raise BoxFailed(
+                "guest_silent", f"The box did not report within {_GUEST_TIMEOUT:.0f} s."
+            ) from None
+        finally:
+            greeting.cancel()
+
+    async def _last_words(self, box_id: str) -> str:
+        words = b""
+        with contextlib.suppress(Exception):
+            async for chunk in self._backend.logs(box_id, follow=False, tail=_LOG_LINES):
+                words += chunk.data
+        return words[-1000:].decode(errors="replace")
+
+    async def _undo(self, spec: BoxSpec, channel: Channel, pending: list[asyncio.Task[Any]]) -> None:
+        """Remove what was made; a call under way is waited for, or its container would appear after the cleanup."""
+        channel.close()
+        try:
+            if pending:
+                await asyncio.wait(pending, timeout=_CLEANUP_TIMEOUT)
+                for task in pending:
+                    if task.done() and not task.cancelled():
+                        task.exception()
+                await self._backend.remove(container_name(spec))
+        except Exception as error:  # noqa: BLE001 - the engine may be the reason; reconcile removes it later
+            _log.warning("the half-made box of %s waits for reconcile: %s", spec.agent, error)
+        await asyncio.to_thread(remove_folder, self.folder(spec.agent))
+
+    async def discard(self, agent: str) -> None:
+        """Remove what the host holds of an agent: its folder and staged mounts."""
+        await asyncio.to_thread(unstage, self.staging(agent))
+        await asyncio.to_thread(remove_folder, self.folder(agent))
+
+
+def _command_refused(spec: BoxSpec, failure: StartFailure) -> BadRequest:
+    program = spec.command[0][:200] if spec.command else ""
+    if failure.errno == 2:  # noqa: PLR2004 - ENOENT
+        return BadRequest(
+            "command_not_found",
+            f"{program} is not in the image {spec.image} (or its interpreter is not). Name another command or image.",
+            command=program,
+        )
+    if failure.errno == 7:  # noqa: PLR2004 - E2BIG
+        return BadRequest("command_too_long", "The command and environment are longer than the kernel takes.")
+    return BadRequest(
+        "command_not_executable",
+        f"{program} can't be executed (errno {failure.errno}): is it a program with its x bit set?"
+        " /tmp is noexec; the workspace is not.",
+        command=program,
+        errno=failure.errno,
+    )

@@ -1,0 +1,64 @@
+"""The database's tables, and how an older one becomes today's. Nobody outside `store` writes SQL."""
+
+from __future__ import annotations
+
+import sqlite3
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE team (
+        id TEXT PRIMARY KEY,
+        owner TEXT NOT NULL,
+        subnet TEXT NOT NULL UNIQUE,
+        created_at REAL NOT NULL,
+        network_id TEXT
+    ) STRICT;
+    CREATE TABLE agent (
+        id TEXT PRIMARY KEY,
+        team TEXT NOT NULL,
+        name TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        session TEXT,
+        state TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        finished_at REAL,
+        record TEXT NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX agent_name ON agent (team, name) WHERE state IN ('creating', 'running', 'stopping');
+    CREATE INDEX agent_state ON agent (state);
+    CREATE INDEX agent_team ON agent (team);
+    CREATE TABLE idempotency (
+        owner TEXT NOT NULL,
+        key TEXT NOT NULL,
+        request TEXT NOT NULL,
+        agent TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        PRIMARY KEY (owner, key)
+    ) STRICT;
+    CREATE TABLE event (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL,
+        type TEXT NOT NULL,
+        owner TEXT,
+        team TEXT,
+        agent TEXT,
+        data TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE fact (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    """,
+)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the database to today's schema, one transaction a step.
+
+    Raises:
+        RuntimeError: it was written by a newer isolator.
+    """
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > len(MIGRATIONS):
+        raise RuntimeError(
+            f"the database is of a newer isolator (schema {version}); upgrade, or name another state_dir"
+        )
+    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")

@@ -1,0 +1,303 @@
+"""What was promised: teams, agents, idempotency keys, events. One SQLite file, one thread that touches it.
+
+Every write is durable when its coroutine returns (WAL, synchronous=FULL). Reads and writes share the one thread,
+so an answer never shows half of a change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from isolator.model.agent import LIVE_STATES, Agent, State
+from isolator.model.errors import Conflict, Unavailable
+from isolator.model.event import Event
+from isolator.model.team import Team
+from isolator.store.records import dump_agent, load_agent
+from isolator.store.schema import migrate
+
+Result = TypeVar("Result")
+_PRUNE_EVERY = 256
+_KEY_LIFE = 86_400.0
+
+
+class Store:
+    """The database. Open with `Store.open`, end with `close`."""
+
+    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor, events_kept: int) -> None:
+        """Use `Store.open`."""
+        self._connection = connection
+        self._thread = thread
+        self._events_kept = events_kept
+
+    @classmethod
+    async def open(cls, path: Path, events_kept: int) -> Store:
+        """Open or create the database.
+
+        Raises:
+            RuntimeError: written by a newer isolator. sqlite3.Error: damaged or unreadable.
+        """
+        thread = ThreadPoolExecutor(1, thread_name_prefix="isolator-store")
+
+        def connect() -> sqlite3.Connection:
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            path.chmod(0o600)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA cache_size = -1024")
+            migrate(connection)
+            return connection
+
+        return cls(await asyncio.get_running_loop().run_in_executor(thread, connect), thread, events_kept)
+
+    async def close(self) -> None:
+        """Finish what was asked and close."""
+        await self._run(self._connection.close)
+        self._thread.shutdown()
+
+    async def _run(self, function: Callable[[], Result]) -> Result:
+        def guarded() -> Result:
+            try:
+                return function()
+            except sqlite3.OperationalError as error:
+                raise Unavailable(
+                    "store_unavailable", f"The database can't be written or read: {error}."
+                ) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)
+
+    # teams
+
+    async def add_team(self, team: Team) -> None:
+        """Add a team. Raises Conflict: `team_exists`, `subnet_taken`."""
+
+        def add() -> None:
+            try:
+                self._connection.execute(
+                    "INSERT INTO team (id, owner, subnet, created_at, network_id) VALUES (?, ?, ?, ?, ?)",
+                    (team.id, team.owner, team.subnet, team.created_at, team.network_id),
+                )
+            except sqlite3.IntegrityError as error:
+                if "team.subnet" in str(error):
+                    raise Conflict("subnet_taken", f"{team.subnet} is taken.") from error
+                raise Conflict("team_exists", f"A team {team.id} exists already.") from error
+
+        await self._run(add)
+
+    async def set_team_network(self, team: str, network_id: str, subnet: str) -> None:
+        """Note the network the engine made."""
+        await self._run(
+            lambda: self._connection.execute(
+                "UPDATE team SET network_id = ?, subnet = ? WHERE id = ?", (network_id, subnet, team)
+            )
+        )
+
+    async def delete_team(self, team: str) -> None:
+        """Forget a team; its agents' records stay."""
+        await self._run(lambda: self._connection.execute("DELETE FROM team WHERE id = ?", (team,)))
+
+    async def teams(self) -> list[Team]:
+        """Every team, oldest first."""
+        rows = await self._run(
+            lambda: self._connection.execute(
+                "SELECT id, owner, subnet, created_at, network_id FROM team ORDER BY created_at, id"
+            ).fetchall()
+        )
+        return [Team(*row) for row in rows]
+
+    # agents
+
+    async def add_agent(self, agent: Agent, key: tuple[str, str, str] | None = None) -> None:
+        """Add an agent, with its idempotency key (owner, key, digest of the request) if it has one.
+
+        Raises:
+            Conflict: `name_taken`.
+        """
+
+        def add() -> None:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._write(agent, insert=True)
+                if key is not None:
+                    self._connection.execute(
+                        "INSERT OR REPLACE INTO idempotency (owner, key, request, agent, created_at)"
+                        " VALUES (?, ?, ?, ?, ?)",
+                        (*key, agent.id, time.time()),
+                    )
+            except sqlite3.IntegrityError as error:
+                self._connection.execute("ROLLBACK")
+                raise Conflict(
+                    "name_taken",
+                    f"The team {agent.spec.team} has a live agent named {agent.spec.name}.",
+                    name=agent.spec.name,
+                ) from error
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+        await self._run(add)
+
+    async def save_agent(self, agent: Agent) -> None:
+        """Write an agent's record over the one that is there."""
+        await self._run(lambda: self._write(agent, insert=False))
+
+    def _write(self, agent: Agent, *, insert: bool) -> None:
+        values = (
+            agent.spec.team,
+            agent.spec.name,
+            agent.spec.owner,
+            agent.spec.session,
+            agent.state,
+            agent.created_at,
+            agent.finished_at,
+            dump_agent(agent),
+            agent.id,
+        )
+        if insert:
+            statement = (
+                "INSERT INTO agent (team, name, owner, session, state, created_at, finished_at, record, id)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            )
+        else:
+            statement = (
+                "UPDATE agent SET team = ?, name = ?, owner = ?, session = ?, state = ?, created_at = ?,"
+                " finished_at = ?, record = ? WHERE id = ?"
+            )
+        self._connection.execute(statement, values)
+
+    async def delete_agent(self, agent_id: str) -> None:
+        """Forget an agent that never came to be, its idempotency key too."""
+
+        def delete() -> None:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("DELETE FROM agent WHERE id = ?", (agent_id,))
+            self._connection.execute("DELETE FROM idempotency WHERE agent = ?", (agent_id,))
+            self._connection.execute("COMMIT")
+
+        await self._run(delete)
+
+    async def agent(self, agent_id: str) -> Agent | None:
+        """One agent's record."""
+        row = await self._run(
+            lambda: self._connection.execute("SELECT record FROM agent WHERE id = ?", (agent_id,)).fetchone()
+        )
+        return None if row is None else load_agent(row[0])
+
+    async def agents(
+        self,
+        *,
+        states: tuple[State, ...] | None = None,
+        team: str | None = None,
+        session: str | None = None,
+        owner: str | None = None,
+        limit: int = 10_000,
+    ) -> list[Agent]:
+        """Agents that match all that is given, oldest first."""
+        clauses, values = [], []
+        if states is not None:
+            clauses.append(f"state IN ({','.join('?' * len(states))})")
+            values.extend(states)
+        for column, value in (("team", team), ("session", session), ("owner", owner)):
+            if value is not None:
+                clauses.append(f"{column} = ?")
+                values.append(value)
+        where = f"WHERE {' AND '.join(clauses)}" if clauses else ""
+        statement = f"SELECT record FROM agent {where} ORDER BY created_at, id LIMIT ?"  # noqa: S608 - fixed names
+        rows = await self._run(lambda: self._connection.execute(statement, (*values, limit)).fetchall())
+        return [load_agent(row[0]) for row in rows]
+
+    async def count_live(self) -> int:
+        """How many agents are alive."""
+        marks = ",".join("?" * len(LIVE_STATES))
+        statement = f"SELECT count(*) FROM agent WHERE state IN ({marks})"  # noqa: S608 - only question marks
+        row = await self._run(lambda: self._connection.execute(statement, LIVE_STATES).fetchone())
+        return int(row[0])
+
+    async def idempotent(self, owner: str, key: str) -> tuple[str, str] | None:
+        """(digest of the request, agent id) of an earlier spawn under this key."""
+        row = await self._run(
+            lambda: self._connection.execute(
+                "SELECT request, agent FROM idempotency WHERE owner = ? AND key = ?", (owner, key)
+            ).fetchone()
+        )
+        return None if row is None else (row[0], row[1])
+
+    async def prune(self, records_kept: int) -> None:
+        """Drop the oldest removed records and idempotency keys of more than a day ago."""
+
+        def prune() -> None:
+            self._connection.execute(
+                "DELETE FROM agent WHERE state IN ('removed', 'lost') AND id NOT IN (SELECT id FROM agent"
+                " WHERE state IN ('removed', 'lost') ORDER BY created_at DESC LIMIT ?)",
+                (records_kept,),
+            )
+            self._connection.execute(
+                "DELETE FROM idempotency WHERE created_at < ?", (time.time() - _KEY_LIFE,)
+            )
+
+        await self._run(prune)
+
+    # events
+
+    async def add_event(
+        self, kind: str, owner: str | None, team: str | None, agent: str | None, data: dict[str, Any]
+    ) -> Event:
+        """Append an event; the oldest go when there are too many."""
+        at = time.time()
+
+        def add() -> int:
+            cursor = self._connection.execute(
+                "INSERT INTO event (at, type, owner, team, agent, data) VALUES (?, ?, ?, ?, ?, ?)",
+                (at, kind, owner, team, agent, json.dumps(data)),
+            )
+            number = int(cursor.lastrowid or 0)
+            if number % _PRUNE_EVERY == 0:
+                self._connection.execute("DELETE FROM event WHERE id <= ?", (number - self._events_kept,))
+            return number
+
+        return Event(await self._run(add), at, kind, owner, team, agent, data)
+
+    async def events_after(self, number: int, limit: int) -> list[Event]:
+        """Events with a greater id, oldest first, at most `limit`."""
+        rows = await self._run(
+            lambda: self._connection.execute(
+                "SELECT id, at, type, owner, team, agent, data FROM event WHERE id > ? ORDER BY id LIMIT ?",
+                (number, limit),
+            ).fetchall()
+        )
+        return [Event(*row[:6], json.loads(row[6])) for row in rows]
+
+    async def last_event(self) -> int:
+        """The greatest event id so far, 0 if there was none."""
+        row = await self._run(
+            lambda: self._connection.execute(
+                "SELECT seq FROM sqlite_sequence WHERE name = 'event'"
+            ).fetchone()
+        )
+        return 0 if row is None else int(row[0])
+
+    # facts
+
+    async def fact(self, name: str) -> str | None:
+        """A small remembered value."""
+        row = await self._run(
+            lambda: self._connection.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
+        )
+        return None if row is None else str(row[0])
+
+    async def set_fact(self, name: str, value: str) -> None:
+        """Remember a small value."""
+        await self._run(
+            lambda: self._connection.execute(
+                "INSERT INTO fact (name, value) VALUES (?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                (name, value),
+            )
+        )
