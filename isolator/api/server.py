@@ -94,7 +94,7 @@ def _of_http(error: web.HTTPException, request: web.Request) -> IsolatorError:
     if isinstance(error, web.HTTPNotFound):
         return NotFound("route_not_found", "There is no such path. GET /v1/openapi.json lists them.")
     problem = IsolatorError("http_error", error.reason)
-    problem.status = error.status  # type: ignore[misc]
+    problem.status = error.status
     return problem
 
 

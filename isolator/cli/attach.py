@@ -71,7 +71,11 @@ def exit_code(agent: Agent) -> int:
         return OWN_FAILURE
     told = _SIGNALLED + ended.signal if ended.signal else ended.code
     if ended.reason in _OUR_DOING:
-        why = {"oom": "it ran out of memory", "wall": "its wall time was over", "ttl": "its time to live was over"}
+        why = {
+            "oom": "it ran out of memory",
+            "wall": "its wall time was over",
+            "ttl": "its time to live was over",
+        }
         note(f"isolator: agent {agent.id} was ended: {ended.detail or why[ended.reason]} ({ended.reason}).")
         return told or _KILLED
     if ended.reason == "killed":

@@ -63,9 +63,11 @@ def verify(context: click.Context, session: Session) -> None:
         state = client.verify_audit()
     session.show(
         state.raw,
-        lambda: f"ok: {state.entries} entries, head {state.head}"
-        if state.ok
-        else f"BROKEN after {state.entries} good entries: {state.problem}",
+        lambda: (
+            f"ok: {state.entries} entries, head {state.head}"
+            if state.ok
+            else f"BROKEN after {state.entries} good entries: {state.problem}"
+        ),
     )
     if not state.ok:
         context.exit(1)

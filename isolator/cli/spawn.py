@@ -37,7 +37,10 @@ _PLAIN: Final = ("image", "network", "session", "parent", "ttl", "idle_ttl", "cl
 @click.option("--mount", multiple=True, metavar="SRC:DST[:rw]", help="One more folder or file, read-only.")
 @click.option("--env", "-e", multiple=True, metavar="K[=V]", help="Environment variable; K alone takes ours.")
 @click.option(
-    "--secret", multiple=True, metavar="NAME[=@FILE|=-]", help="Secret as /run/secrets/NAME; bare: the host's."
+    "--secret",
+    multiple=True,
+    metavar="NAME[=@FILE|=-]",
+    help="Secret as /run/secrets/NAME; bare: the host's.",
 )
 @click.option(
     "--secret-env", multiple=True, metavar="NAME[=VAR][=@FILE|=-]", help="Secret as environment variable."

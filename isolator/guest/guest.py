@@ -11,7 +11,7 @@ and knocks again until a daemon answers. docs/guest-protocol.md states the frame
 """
 
 import _ctypes
-import _signal
+import _signal  # type: ignore[import-not-found]
 import _socket
 import posix
 import select
@@ -45,22 +45,23 @@ FORWARDED = (
 FAILED_CODE = 125
 
 
-def hide():
+def hide() -> None:
     """Make /proc/1/{mem,environ,fd} closed to the agent, which runs under the same uid."""
-    prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")
+    library = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
+    prctl = _ctypes.dlsym(library, "prctl")
     if _ctypes.call_function(prctl, (4, 0, 0, 0, 0)) != 0:  # PR_SET_DUMPABLE = 4
         raise OSError("PR_SET_DUMPABLE refused")
 
 
-def frame(kind, *fields):
+def frame(kind: int, *fields: bytes) -> bytes:
     """One frame: u32 length, u8 kind, then each field as u32 length and bytes; big-endian."""
     body = bytes((kind,)) + b"".join(len(field).to_bytes(4, "big") + field for field in fields)
     return len(body).to_bytes(4, "big") + body
 
 
-def parse(body):
+def parse(body: bytes) -> tuple[int, list[bytes]]:
     """(kind, fields) of a frame's body; ValueError if the lengths do not add up."""
-    fields = []
+    fields: list[bytes] = []
     position = 1
     while position < len(body):
         end = position + 4 + int.from_bytes(body[position : position + 4], "big")
@@ -74,14 +75,14 @@ def parse(body):
 class Link:
     """The connection to the daemon, made again whenever it breaks."""
 
-    def __init__(self, poll):
+    def __init__(self, poll: select.poll) -> None:
         self.poll = poll
-        self.socket = None
+        self.socket: _socket.socket | None = None
         self.buffer = b""
         self.pause = KNOCK_SECONDS
         self.knock_at = 0.0
 
-    def connect(self, hello):
+    def connect(self, hello: bytes) -> None:
         """Try once; on failure the next try comes after a growing pause."""
         link = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
         try:
@@ -96,31 +97,35 @@ class Link:
         self.socket, self.buffer, self.pause = link, b"", KNOCK_SECONDS
         self.poll.register(link.fileno(), select.POLLIN)
 
-    def close(self):
+    def close(self) -> None:
+        """Hang up; the next knock comes after a pause."""
         if self.socket is not None:
             self.poll.unregister(self.socket.fileno())
             self.socket.close()
             self.socket = None
             self.knock_at = time.monotonic() + self.pause
 
-    def send(self, data):
+    def send(self, data: bytes) -> None:
+        """Send if connected; what can't be sent now is told anew by the next HELLO."""
         if self.socket is not None:
             try:
                 self.socket.sendall(data)
             except OSError:
                 self.close()
 
-    def receive(self):
+    def receive(self) -> list[tuple[int, list[bytes]]]:
         """Whole frames that have arrived."""
-        try:
-            data = self.socket.recv(262144)
-        except OSError:
-            data = b""
+        data = b""
+        if self.socket is not None:
+            try:
+                data = self.socket.recv(262144)
+            except OSError:
+                data = b""
         if not data:
             self.close()
             return []
         self.buffer += data
-        frames = []
+        frames: list[tuple[int, list[bytes]]] = []
         while len(self.buffer) >= 4:
             end = 4 + int.from_bytes(self.buffer[:4], "big")
             if not 4 < end <= MAX_FRAME:
@@ -136,9 +141,9 @@ class Link:
 class Guest:
     """The box's one command and the daemon's view of it."""
 
-    def __init__(self, command):
+    def __init__(self, command: list[str]) -> None:
         self.command = [word.encode("utf-8", "surrogateescape") for word in command]
-        self.environment = dict(posix.environ)
+        self.environment: dict[bytes, bytes] = dict(posix.environ)
         self.phase = WAITING
         self.child = 0
         self.code = self.signal = 0
@@ -154,11 +159,12 @@ class Guest:
         for number in (*FORWARDED, _signal.SIGCHLD):
             _signal.signal(number, lambda *_: None)
 
-    def hello(self):
+    def hello(self) -> bytes:
+        """HELLO: phase, version, exit code, signal, pid of the command."""
         fields = (str(VERSION), str(self.code), str(self.signal), str(self.child))
         return frame(HELLO, self.phase, *(field.encode() for field in fields))
 
-    def run(self):
+    def run(self) -> int:
         """Until the command has ended and the daemon knows, or has stayed away too long."""
         while not self.leave:
             now = time.monotonic()
@@ -180,7 +186,8 @@ class Guest:
             return FAILED_CODE
         return 128 + self.signal if self.signal else self.code
 
-    def on_signals(self):
+    def on_signals(self) -> None:
+        """Reap every ended process, pass every other signal on."""
         for number in posix.read(self.wake, 512):
             if number != _signal.SIGCHLD:
                 self.deliver(number)
@@ -194,7 +201,8 @@ class Guest:
             if pid == self.child:
                 self.on_exit(status)
 
-    def on_exit(self, status):
+    def on_exit(self, status: int) -> None:
+        """The command ended: end the rest, tell the daemon, wait a little for its word."""
         if posix.WIFSIGNALED(status):
             self.signal = posix.WTERMSIG(status)
         else:
@@ -209,7 +217,7 @@ class Guest:
             pass
         self.link.send(frame(EXITED, str(self.code).encode(), str(self.signal).encode()))
 
-    def deliver(self, number):
+    def deliver(self, number: int) -> None:
         """Pass a signal on to the command's process group; without a command, leave."""
         if self.child:
             try:
@@ -221,7 +229,8 @@ class Guest:
                 self.phase, self.signal = ENDED, number
             self.leave = True
 
-    def on_frame(self, kind, fields):
+    def on_frame(self, kind: int, fields: list[bytes]) -> None:
+        """Do what the daemon says, if it fits the phase."""
         if kind == GO and self.phase is WAITING:
             self.start(fields)
         elif kind == SIGNAL and fields:
@@ -229,7 +238,7 @@ class Guest:
         elif kind == BYE and self.phase is not RUNNING:
             self.leave = True
 
-    def start(self, fields):
+    def start(self, fields: list[bytes]) -> None:
         """GO: each field is a letter and its value: `s` a secret file (name, NUL, bytes), `E` a secret variable."""
         for field in fields:
             tag, value = field[:1], field[1:]
@@ -252,7 +261,7 @@ class Guest:
                 return
         self.link.send(frame(STARTED, str(self.child).encode()))
 
-    def spawn(self):
+    def spawn(self) -> int:
         """Start the command in its own session; 0, or the errno of the exec that failed."""
         read_end, write_end = posix.pipe()
         self.child = posix.fork()
@@ -265,7 +274,7 @@ class Guest:
                 posix.setsid()
                 error = self.execute()
             except OSError as failure:
-                error = failure.errno
+                error = failure.errno or 5
             except BaseException:
                 error = 5
             posix.write(write_end, str(error).encode())
@@ -279,7 +288,7 @@ class Guest:
             return int(answer)
         return 0
 
-    def execute(self):
+    def execute(self) -> int:
         """As execvpe does; returns the errno that tells most."""
         program = self.command[0]
         if b"/" in program:
@@ -293,7 +302,7 @@ class Guest:
                 posix.execve(place, self.command, self.environment)
             except OSError as failure:
                 if failure.errno not in (2, 20):
-                    told = failure.errno
+                    told = failure.errno or 5
         return told
 
 

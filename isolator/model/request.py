@@ -90,7 +90,7 @@ class EnsureRequest(_Wire):
     )
     env: Annotated[dict[str, Text], Field(max_length=MAX_ENVIRONMENT)] = Field(default_factory=dict)
     secrets: Annotated[list[SecretRequest], Field(max_length=MAX_SECRETS)] = Field(default_factory=list)
-    limits: LimitsRequest = Field(default_factory=lambda: LimitsRequest())  # noqa: PLW0108 - for the type checker
+    limits: LimitsRequest = LimitsRequest()
     workspace: WorkspaceRequest | None = None
     mounts: Annotated[list[MountRequest], Field(max_length=MAX_MOUNTS)] = Field(default_factory=list)
     network: Literal["team", "none"] | None = None

@@ -100,6 +100,11 @@ class NetworkProof:
         self.result = ProofResult("pending")
         self._decided = asyncio.Event()
 
+    @property
+    def proven(self) -> bool:
+        """Whether agents may have a network."""
+        return self.result.status == "proven"
+
     def guarantee(self) -> Guarantee:
         """The network's line on a receipt."""
         if self.result.status == "proven":
@@ -112,11 +117,10 @@ class NetworkProof:
         Raises:
             Unavailable: `network_unproven`, with the reason.
         """
-        if self.result.status == "proven":
-            return
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._decided.wait(), timeout)
-        if self.result.status != "proven":
+        if not self.proven:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._decided.wait(), timeout)
+        if not self.proven:
             raise Unavailable(
                 "network_unproven",
                 "This engine's networks are not shown to be closed, so no agent gets one: "

@@ -200,7 +200,8 @@ class Store:
         limit: int = 10_000,
     ) -> list[Agent]:
         """Agents that match all that is given, oldest first."""
-        clauses, values = [], []
+        clauses: list[str] = []
+        values: list[str] = []
         if states is not None:
             clauses.append(f"state IN ({','.join('?' * len(states))})")
             values.extend(states)
@@ -272,7 +273,10 @@ class Store:
                 (number, limit),
             ).fetchall()
         )
-        return [Event(*row[:6], json.loads(row[6])) for row in rows]
+        return [
+            Event(id=row[0], at=row[1], type=row[2], owner=row[3], team=row[4], agent=row[5], data=json.loads(row[6]))
+            for row in rows
+        ]
 
     async def last_event(self) -> int:
         """The greatest event id so far, 0 if there was none."""

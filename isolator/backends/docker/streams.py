@@ -21,15 +21,16 @@ from isolator.backends.docker.engine import translate
 from isolator.model.errors import IsolatorError, Unavailable
 
 Item = TypeVar("Item")
+Out = TypeVar("Out", covariant=True)
 _QUEUE = 16
 _HEADER = 8
 _MAX_FRAME = 16 * 1024 * 1024
 
 
-class Closable(Protocol[Item]):
+class Closable(Protocol[Out]):
     """A blocking iterator that another thread may close."""
 
-    def __iter__(self) -> Iterator[Item]: ...
+    def __iter__(self) -> Iterator[Out]: ...
 
     def close(self) -> None:
         """Make the iterator end."""
