@@ -19,7 +19,6 @@ from isolator import __version__
 from isolator.agents.builder import BoxBuilder
 from isolator.agents.deadlines import Deadlines
 from isolator.agents.events import EventHub
-from isolator.agents.images import ImageResolver
 from isolator.agents.laboratory import SelfTestLaboratory
 from isolator.agents.lifecycle import Lifecycle
 from isolator.agents.receipt import docker_guarantees
@@ -33,13 +32,16 @@ from isolator.audit.log import AuditLog, AuditLogDamaged
 from isolator.backends.base import Guarantees
 from isolator.backends.docker.backend import DockerBackend
 from isolator.backends.docker.engine import Engine
+from isolator.backends.docker.images import ImageResolver
 from isolator.backends.docker.watch import EngineWatch
 from isolator.host import systemd
 from isolator.host.folders import FolderOpener
 from isolator.model.agent import Agent
 from isolator.model.errors import IsolatorError, Unavailable
+from isolator.model.image import ImageFacts
 from isolator.network.selftest import NetworkProof
-from isolator.policy.compile import ImageFacts, SpawnFacts
+from isolator.policy.compile import SpawnFacts
+from isolator.policy.mounts import refuse_sensitive
 from isolator.seccomp import load_profile
 from isolator.settings import Settings
 from isolator.store.store import Store
@@ -74,9 +76,7 @@ class Daemon:
             loop.add_signal_handler(number, self._stopping.set)
         try:
             self._half_made = await self._reconciler.load()
-            listeners = systemd.listen_fds() or [
-                open_socket(self.settings.socket_path, self.settings.socket_gid())
-            ]
+            listeners = systemd.listen_fds() or [open_socket(self.settings.socket_path, self.settings.socket_gid())]
             await self._audit.note("daemon.start", None, version=__version__, daemon=self._host.daemon)
             if self._audit.recovered:
                 await self._audit.note("audit.recovered", None, torn=self._audit.recovered)
@@ -133,7 +133,7 @@ class Daemon:
             self._deadlines,
             settings.records_kept,
         )
-        self._folders = FolderOpener(settings.own_folders())
+        self._folders = FolderOpener(lambda path: refuse_sensitive(path, settings.own_folders()))
         laboratory = SelfTestLaboratory(
             settings,
             self._backend,
@@ -257,7 +257,8 @@ class Daemon:
 
     async def _keep_watchdog(self) -> None:
         """Answer systemd's watchdog only while loop and engine do. An engine that is known to be down is reported,
-        not a reason to be killed: being restarted would not bring it back."""
+        not a reason to be killed: being restarted would not bring it back.
+        """
         interval = systemd.watchdog_interval()
         if interval is None:
             return
@@ -286,8 +287,7 @@ class Daemon:
             "api_version": version.get("ApiVersion"),
             "kernel": version.get("KernelVersion") or platform.release(),
             "components": [
-                {"name": item.get("Name"), "version": item.get("Version")}
-                for item in version.get("Components") or []
+                {"name": item.get("Name"), "version": item.get("Version")} for item in version.get("Components") or []
             ],
         }
         self._engine_facts = (time.monotonic(), facts)
@@ -302,9 +302,7 @@ class Daemon:
             reason = self._proof.result.reason or "The self-test has not ended."
             found.append({"code": "network_unproven", "detail": reason})
         if os.geteuid() != 0:
-            found.append(
-                {"code": "mounts_unavailable", "detail": "The daemon is not root, so it mounts no folders."}
-            )
+            found.append({"code": "mounts_unavailable", "detail": "The daemon is not root, so it mounts no folders."})
         if self.settings.socket_gid() is None:
             found.append(
                 {
@@ -345,9 +343,7 @@ def _make_folders(settings: Settings) -> None:
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
         facts = folder.stat()
         if facts.st_uid != os.geteuid():
-            raise Unavailable(
-                "folder_unsafe", f"{folder} belongs to uid {facts.st_uid}, not to the daemon's."
-            )
+            raise Unavailable("folder_unsafe", f"{folder} belongs to uid {facts.st_uid}, not to the daemon's.")
         folder.chmod(mode)
 
 

@@ -114,8 +114,7 @@ class SeccompProfile:
             "defaultAction": "SCMP_ACT_ERRNO",
             "defaultErrnoRet": _errno_number(self.default_errno),
             "archMap": [
-                {"architecture": ENGINE_ARCHITECTURES[name], "subArchitectures": []}
-                for name in self.architectures
+                {"architecture": ENGINE_ARCHITECTURES[name], "subArchitectures": []} for name in self.architectures
             ],
             "syscalls": [rule for group in self.groups for rule in _docker_rules(group)],
         }
@@ -134,9 +133,7 @@ def load_profile(name: str = "agent") -> SeccompProfile:
         Internal: `seccomp_profile_missing` or `seccomp_profile_invalid`; no agent may start then.
     """
     if not PROFILE_NAME.fullmatch(name):
-        raise Internal(
-            "seccomp_profile_missing", f"{name!r} is not a profile's name; use the one shipped: agent"
-        )
+        raise Internal("seccomp_profile_missing", f"{name!r} is not a profile's name; use the one shipped: agent")
     try:
         text = (resource_folder("seccomp") / f"{name}.toml").read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
@@ -163,9 +160,7 @@ def parse_profile(text: str) -> SeccompProfile:
     architectures = _strings(header, "architectures", "[profile]")
     for architecture in architectures:
         if architecture not in ENGINE_ARCHITECTURES:
-            raise _invalid(
-                f"architecture {architecture!r}: only {', '.join(ENGINE_ARCHITECTURES)} are filtered"
-            )
+            raise _invalid(f"architecture {architecture!r}: only {', '.join(ENGINE_ARCHITECTURES)} are filtered")
     profile = SeccompProfile(
         name=_text(header, "name", "[profile]"),
         default_errno=_errno_name(header, "default_errno", "[profile]"),

@@ -77,7 +77,7 @@ def _default_state() -> Path:
 def _default_runtime() -> Path:
     if os.geteuid() == 0:
         return Path("/run/isolator")
-    return _user_folder("XDG_RUNTIME_DIR", f"/tmp/isolator-{os.geteuid()}")  # noqa: S108 - 0700, checked at start
+    return _user_folder("XDG_RUNTIME_DIR", f"/tmp/isolator-{os.geteuid()}")
 
 
 class Settings(BaseSettings):
@@ -104,33 +104,23 @@ class Settings(BaseSettings):
         Path("/etc/isolator/secrets"),
         description="Root-owned folder of secrets: NAME for admins, uid-<uid>/NAME for that user.",
     )
-    instance: str = Field(
-        "default", description="Name of this daemon on its engine; two on one engine need two names."
-    )
+    instance: str = Field("default", description="Name of this daemon on its engine; two on one engine need two names.")
 
     # the engine
-    backend: Literal["auto", "docker", "bubblewrap", "landlock"] = Field(
-        "auto", description="What runs agents."
-    )
-    docker_socket: AbsolutePath = Field(
-        Path("/var/run/docker.sock"), description="The Docker Engine's API socket."
-    )
+    backend: Literal["auto", "docker", "bubblewrap", "landlock"] = Field("auto", description="What runs agents.")
+    docker_socket: AbsolutePath = Field(Path("/var/run/docker.sock"), description="The Docker Engine's API socket.")
     engine_timeout: Seconds = Field(30.0, description="Longest wait for one answer of the engine, seconds.")
     engine_workers: int = Field(6, ge=1, le=64, description="Engine calls made at the same time.")
 
     # who
-    admin_uids: Annotated[list[Annotated[int, Field(ge=0)]], NoDecode, BeforeValidator(_split_commas)] = (
-        Field(
-            [0],
-            description="Uids that see and may do everything; the daemon's own uid always belongs to them.",
-        )
+    admin_uids: Annotated[list[Annotated[int, Field(ge=0)]], NoDecode, BeforeValidator(_split_commas)] = Field(
+        [0],
+        description="Uids that see and may do everything; the daemon's own uid always belongs to them.",
     )
 
     # networks
     subnet_pool: str = Field("10.208.0.0/12", description="IPv4 range from which each team's subnet is cut.")
-    subnet_prefix: int = Field(
-        24, ge=16, le=28, description="Size of one team's subnet: /24 holds 253 agents."
-    )
+    subnet_prefix: int = Field(24, ge=16, le=28, description="Size of one team's subnet: /24 holds 253 agents.")
 
     # images
     default_image: str = Field("isolator/agent-python", description="Image of a spawn that names none.")
@@ -142,65 +132,39 @@ class Settings(BaseSettings):
     )
 
     # mounts
-    workspace_roots: PathList = Field(
-        [], description="Folders below which mounts may lie. Empty: no mounts at all."
-    )
+    workspace_roots: PathList = Field([], description="Folders below which mounts may lie. Empty: no mounts at all.")
 
     # what a box gets
-    agent_uid: int = Field(
-        10001, ge=1, lt=2**31, description="Uid of agents without a workspace of their own."
-    )
+    agent_uid: int = Field(10001, ge=1, lt=2**31, description="Uid of agents without a workspace of their own.")
     default_cpus: float = Field(1.0, gt=0, le=1024, description="CPU cores an agent gets.")
     default_memory: Size = Field(parse_size("512m"), description="Memory an agent gets, swap included.")
     default_pids: int = Field(256, ge=4, description="Processes and threads an agent gets.")
-    default_disk: Size = Field(
-        parse_size("64m"), description="Size of /tmp, the only writable place without mounts."
-    )
+    default_disk: Size = Field(parse_size("64m"), description="Size of /tmp, the only writable place without mounts.")
     default_nofile: int = Field(4096, ge=64, description="Open files a process of the agent gets.")
-    max_cpus: float = Field(
-        64.0, gt=0, le=1024, description="Most cores a spawn may ask for (the host's own at most)."
-    )
+    max_cpus: float = Field(64.0, gt=0, le=1024, description="Most cores a spawn may ask for (the host's own at most).")
     max_memory: Size = Field(parse_size("16g"), description="Most memory a spawn may ask for.")
     max_pids: int = Field(4096, ge=4, description="Most processes a spawn may ask for.")
     max_disk: Size = Field(parse_size("4g"), description="Largest /tmp a spawn may ask for.")
     max_nofile: int = Field(65536, ge=64, description="Most open files a spawn may ask for.")
-    log_max_bytes: Size = Field(
-        parse_size("10m"), description="Output kept of one agent; older output is dropped."
-    )
+    log_max_bytes: Size = Field(parse_size("10m"), description="Output kept of one agent; older output is dropped.")
 
     # time
-    default_ttl: Seconds | None = Field(
-        None, description="Life of an agent that names no ttl; none: until stopped."
-    )
-    max_ttl: Seconds | None = Field(
-        None, description="Longest ttl a spawn may ask for; also caps agents without one."
-    )
-    cleanup_grace: float = Field(
-        60.0, ge=0, le=86400, description="How long an exited agent's box and logs stay."
-    )
-    stop_grace: float = Field(
-        2.0, ge=0, le=600, description="Seconds between asking an agent to stop and killing it."
-    )
+    default_ttl: Seconds | None = Field(None, description="Life of an agent that names no ttl; none: until stopped.")
+    max_ttl: Seconds | None = Field(None, description="Longest ttl a spawn may ask for; also caps agents without one.")
+    cleanup_grace: float = Field(60.0, ge=0, le=86400, description="How long an exited agent's box and logs stay.")
+    stop_grace: float = Field(2.0, ge=0, le=600, description="Seconds between asking an agent to stop and killing it.")
     spawn_timeout: Seconds = Field(60.0, description="Longest a spawn may take before it is undone.")
-    network_proof_timeout: Seconds = Field(
-        60.0, description="Longest a spawn waits for the network self-test."
-    )
+    network_proof_timeout: Seconds = Field(60.0, description="Longest a spawn waits for the network self-test.")
 
     # bounds of the API (docs/limits.md)
     max_agents: int = Field(1000, ge=1, description="Agents alive at the same time.")
-    max_concurrent_spawns: int = Field(
-        64, ge=1, description="Spawns under way at the same time; more are told 429."
-    )
-    max_connections: int = Field(
-        512, ge=8, description="Open connections to the socket; one more is closed at once."
-    )
+    max_concurrent_spawns: int = Field(64, ge=1, description="Spawns under way at the same time; more are told 429.")
+    max_connections: int = Field(512, ge=8, description="Open connections to the socket; one more is closed at once.")
     max_body: Size = Field(parse_size("2m"), description="Largest request body.")
     request_timeout: Seconds = Field(10.0, description="Time a client has to send a whole request.")
     max_followers: int = Field(64, ge=1, description="Log and event streams open at the same time.")
     events_kept: int = Field(10_000, ge=100, description="Events that can be resumed from.")
-    records_kept: int = Field(
-        5_000, ge=100, description="Removed agents whose record can still be inspected."
-    )
+    records_kept: int = Field(5_000, ge=100, description="Removed agents whose record can still be inspected.")
 
     @field_validator("instance")
     @classmethod

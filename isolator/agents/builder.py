@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isolator.agents.channel import Channel, Hello, StartFailure, create_folder, remove_folder
+from isolator.agents.channel import Channel, Hello, StartFailure, remove_folder
 from isolator.backends.base import Backend
-from isolator.backends.docker.render import container_name
 from isolator.host.folders import HeldFolder, check_mounts_inside, stage, unstage
 from isolator.host.processes import check_confinement
 from isolator.model.box import BoxSpec
@@ -56,9 +55,7 @@ class BoxBuilder:
         """Where the agent's mounts are staged while it is built."""
         return self._runtime / "mounts" / agent
 
-    async def build(
-        self, spec: BoxSpec, held: Sequence[HeldFolder], secrets: Secrets, channel: Channel
-    ) -> BuiltBox:
+    async def build(self, spec: BoxSpec, held: Sequence[HeldFolder], secrets: Secrets, channel: Channel) -> BuiltBox:
         """Build and release one box.
 
         Raises:
@@ -104,9 +101,7 @@ class BoxBuilder:
     async def _await_guest(self, box_id: str, channel: Channel, starting: asyncio.Task[None]) -> Hello:
         greeting = asyncio.create_task(channel.hello())
         try:
-            await asyncio.wait(
-                {greeting, starting}, return_when=asyncio.FIRST_COMPLETED, timeout=_GUEST_TIMEOUT
-            )
+            await asyncio.wait({greeting, starting}, return_when=asyncio.FIRST_COMPLETED, timeout=_GUEST_TIMEOUT)
             if not greeting.done() and starting.done():
                 starting.result()
                 await asyncio.wait({greeting}, timeout=_LOOK_AFTER)
@@ -120,9 +115,7 @@ class BoxBuilder:
                     )
             return await asyncio.wait_for(greeting, _GUEST_TIMEOUT)
         except TimeoutError:
-            raise BoxFailed(
-                "guest_silent", f"The box did not report within {_GUEST_TIMEOUT:.0f} s."
-            ) from None
+            raise BoxFailed("guest_silent", f"The box did not report within {_GUEST_TIMEOUT:.0f} s.") from None
         finally:
             greeting.cancel()
 
@@ -142,7 +135,7 @@ class BoxBuilder:
                 for task in pending:
                     if task.done() and not task.cancelled():
                         task.exception()
-                await self._backend.remove(container_name(spec))
+                await self._backend.remove(spec.box_name)
         except Exception as error:  # noqa: BLE001 - the engine may be the reason; reconcile removes it later
             _log.warning("the half-made box of %s waits for reconcile: %s", spec.agent, error)
         await asyncio.to_thread(remove_folder, self.folder(spec.agent))
@@ -155,13 +148,13 @@ class BoxBuilder:
 
 def _command_refused(spec: BoxSpec, failure: StartFailure) -> BadRequest:
     program = spec.command[0][:200] if spec.command else ""
-    if failure.errno == 2:  # noqa: PLR2004 - ENOENT
+    if failure.errno == 2:
         return BadRequest(
             "command_not_found",
             f"{program} is not in the image {spec.image} (or its interpreter is not). Name another command or image.",
             command=program,
         )
-    if failure.errno == 7:  # noqa: PLR2004 - E2BIG
+    if failure.errno == 7:
         return BadRequest("command_too_long", "The command and environment are longer than the kernel takes.")
     return BadRequest(
         "command_not_executable",

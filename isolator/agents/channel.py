@@ -105,17 +105,16 @@ class Channel:
         Raises:
             OSError: the folder is gone or the socket can't be made.
         """
-        listener = socket.socket(
-            socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        )
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         # By descriptor: a path of a deep folder would be longer than a Unix address may be.
         folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            address = f"/proc/self/fd/{folder}/agent.sock"
+            address = Path(f"/proc/self/fd/{folder}/agent.sock")
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(address)
-            listener.bind(address)
-            os.chmod(address, 0o666)
+                address.unlink()
+            listener.bind(str(address))
+            # The folder above is closed to everybody on the host; inside the box any uid may knock.
+            address.chmod(0o666)
         except BaseException:
             listener.close()
             raise

@@ -52,5 +52,5 @@ class Deadlines:
     async def _guarded(action: Action) -> None:
         try:
             await action()
-        except Exception:
+        except Exception:  # noqa: BLE001 - one deadline's defect must not stop the others
             _log.exception("a deadline's action failed")

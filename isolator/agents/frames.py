@@ -65,7 +65,7 @@ class Decoder:
         """
         self._buffer += data
         frames: list[Frame] = []
-        while len(self._buffer) >= 4:  # noqa: PLR2004 - u32
+        while len(self._buffer) >= 4:
             length = int.from_bytes(self._buffer[:4], "big")
             if not 0 < length <= self._limit:
                 raise ProtocolError(f"a frame of {length} bytes")

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from isolator.agents.builder import BoxBuilder
 from isolator.agents.channel import Channel, create_folder
-from isolator.agents.images import ImageResolver
-from isolator.backends.base import Backend
+from isolator.backends.base import Backend, ImageResolver
 from isolator.model.errors import Conflict, IsolatorError
 from isolator.model.identity import Principal
 from isolator.model.names import new_agent_id

@@ -72,11 +72,7 @@ class Lifecycle:
         """The running agent of that name in the team."""
         for live in self._live.values():
             record = live.record
-            if (
-                record.spec.team == team
-                and record.spec.name == name
-                and record.state in ("creating", "running")
-            ):
+            if record.spec.team == team and record.spec.name == name and record.state in ("creating", "running"):
                 return live
         return None
 
@@ -105,9 +101,7 @@ class Lifecycle:
         def on_lost() -> None:
             self._later(self.finish(agent_id))
 
-        live.channel = Channel(
-            self._builder.folder(agent_id), on_exit=on_exit, on_lost=on_lost, on_hello=on_hello
-        )
+        live.channel = Channel(self._builder.folder(agent_id), on_exit=on_exit, on_lost=on_lost, on_hello=on_hello)
         return live.channel
 
     @staticmethod
@@ -127,9 +121,7 @@ class Lifecycle:
         """Set the deadlines of a running agent."""
         record, agent_id = live.record, live.record.id
         if record.wall_deadline is not None:
-            self._deadlines.at(
-                record.wall_deadline, lambda: self.expire(agent_id, "wall", "limits.wall was reached.")
-            )
+            self._deadlines.at(record.wall_deadline, lambda: self.expire(agent_id, "wall", "limits.wall was reached."))
         if record.expires_at is not None:
             self._deadlines.at(record.expires_at, lambda: self.expire(agent_id, "ttl", "Its ttl ended."))
         if record.spec.idle_ttl is not None:
@@ -202,9 +194,7 @@ class Lifecycle:
             live.channel = None
         live.ended.set()
         self._schedule_cleanup(live)
-        await self._tell(
-            live.record, "agent.exited", reason=ending.reason, code=ending.code, signal=ending.signal
-        )
+        await self._tell(live.record, "agent.exited", reason=ending.reason, code=ending.code, signal=ending.signal)
 
     async def expire(self, agent_id: str, cause: Reason, detail: str) -> None:
         """Kill an agent whose time is over; its box and logs stay for the grace."""
@@ -212,9 +202,7 @@ class Lifecycle:
         if live is None or live.record.state != "running":
             return
         record = live.record
-        intent = await self._audit.intent(
-            "agent.expire", None, team=record.spec.team, agent=agent_id, cause=cause
-        )
+        intent = await self._audit.intent("agent.expire", None, team=record.spec.team, agent=agent_id, cause=cause)
         live.cause, live.detail = live.cause or cause, live.detail or detail
         try:
             await self._backend.kill(record.container_id or record.id)
@@ -316,9 +304,7 @@ class Lifecycle:
 
     async def _tell(self, record: Agent, kind: str, **data: str | int | None) -> None:
         spec = record.spec
-        await self._events.publish(
-            kind, owner=spec.owner, team=spec.team, agent=record.id, name=spec.name, **data
-        )
+        await self._events.publish(kind, owner=spec.owner, team=spec.team, agent=record.id, name=spec.name, **data)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

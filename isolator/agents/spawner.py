@@ -20,13 +20,12 @@ from pathlib import Path, PurePosixPath
 from isolator.agents.builder import BoxBuilder, Secrets
 from isolator.agents.channel import create_folder
 from isolator.agents.events import EventHub
-from isolator.agents.images import ImageResolver
 from isolator.agents.lifecycle import Lifecycle
 from isolator.agents.live import LiveAgent
 from isolator.agents.receipt import receipt
 from isolator.agents.teams import Teams
 from isolator.audit.log import AuditLog
-from isolator.backends.base import Guarantees
+from isolator.backends.base import Guarantees, ImageResolver
 from isolator.host.folders import FolderOpener, HeldFolder, close_all
 from isolator.host.secrets import read_secret
 from isolator.model.agent import Agent
@@ -105,9 +104,7 @@ class Spawner:
         if key is None:
             return await self._start(request.team, request.name, request, caller, None)
         if not 0 < len(key) <= MAX_KEY or not key.isprintable():
-            raise BadRequest(
-                "idempotency_key_invalid", f"Idempotency-Key must be 1 to {MAX_KEY} printable characters."
-            )
+            raise BadRequest("idempotency_key_invalid", f"Idempotency-Key must be 1 to {MAX_KEY} printable characters.")
         digest = _request_digest(request)
         earlier = self._keys.get((caller.owner, key))
         if earlier is not None:
@@ -129,9 +126,7 @@ class Spawner:
             raise Conflict("idempotency_key_reused", "The agent first spawned under this key is gone.")
         return agent
 
-    async def ensure(
-        self, team: str, name: str, request: EnsureRequest, caller: Principal
-    ) -> tuple[Agent, bool]:
+    async def ensure(self, team: str, name: str, request: EnsureRequest, caller: Principal) -> tuple[Agent, bool]:
         """The running agent of this name if its spec is equal, else a new one; and whether it is new.
 
         Raises:
@@ -146,9 +141,7 @@ class Spawner:
                 if live is None:
                     return await self._start(team, name, request, caller, None), True
                 self._teams.get(team, caller)
-                wanted, held = await self._plan(
-                    self._teams.get(team, caller), name, request, caller, live.record.id
-                )
+                wanted, held = await self._plan(self._teams.get(team, caller), name, request, caller, live.record.id)
                 close_all(held)
                 if wanted.digest() != live.record.spec_digest:
                     raise Conflict(
@@ -281,9 +274,7 @@ class Spawner:
                 value = read_secret(ref.name, caller, self._settings.secret_dir, self._host.credentials)
             if ref.delivery == "env":
                 # A file of one line is what people write; a variable with a newline at its end is what nobody means.
-                values.append(
-                    ("E", ref.variable or ref.name, value.rstrip(b"\n") if asked.value is None else value)
-                )
+                values.append(("E", ref.variable or ref.name, value.rstrip(b"\n") if asked.value is None else value))
             else:
                 values.append(("s", ref.name, value))
         return values
@@ -323,9 +314,7 @@ class Spawner:
             code = error.code if isinstance(error, IsolatorError) else type(error).__name__
             await asyncio.shield(self._audit.outcome(intent, "agent.spawn", "failed", **subject, code=code))
             raise
-        await self._audit.outcome(
-            intent, "agent.spawn", "done", **subject, container=live.record.container_id
-        )
+        await self._audit.outcome(intent, "agent.spawn", "done", **subject, container=live.record.container_id)
         await self._events.publish(
             "agent.started",
             owner=spec.owner,

@@ -42,6 +42,7 @@ class Teams:
         # Subnets the engine says others use: learnt by asking, forgotten with the daemon.
         self._foreign: set[str] = set()
         self._users: Counter[str] = Counter()
+        self._unused = asyncio.Condition()
         self._deleting: set[str] = set()
 
     async def load(self) -> None:
@@ -117,14 +118,10 @@ class Teams:
                 team = replace(team, subnet=self._reserve())
                 continue
             return replace(team, network_id=network)
-        raise TooMany(
-            "subnets_exhausted", "Too many subnets of the pool are in use elsewhere on this engine."
-        )
+        raise TooMany("subnets_exhausted", "Too many subnets of the pool are in use elsewhere on this engine.")
 
     def _reserve(self) -> str:
-        taken: Collection[str] = (
-            self._foreign | self._reserved | {team.subnet for team in self._teams.values()}
-        )
+        taken: Collection[str] = self._foreign | self._reserved | {team.subnet for team in self._teams.values()}
         subnet = free_subnet(self._pool, self._prefix, taken)
         self._reserved.add(subnet)
         return subnet
@@ -153,6 +150,8 @@ class Teams:
             self._users[team_id] -= 1
             if self._users[team_id] <= 0:
                 del self._users[team_id]
+                async with self._unused:
+                    self._unused.notify_all()
 
     @contextlib.asynccontextmanager
     async def deleting(self, team: Team) -> AsyncIterator[None]:
@@ -162,8 +161,8 @@ class Teams:
         self._deleting.add(team.id)
         try:
             async with asyncio.timeout(_DRAIN_TIMEOUT):
-                while self._users[team.id]:
-                    await asyncio.sleep(0.02)
+                async with self._unused:
+                    await self._unused.wait_for(lambda: team.id not in self._users)
             yield
         finally:
             self._deleting.discard(team.id)

@@ -36,6 +36,7 @@ class AnyPeer:
 
     async def check(self, request: web.Request, caller: Principal) -> None:
         """Everybody."""
+        del request, caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,7 @@ class Admin:
     async def check(self, request: web.Request, caller: Principal) -> None:
         """Raises Forbidden: `admin_only`."""
         if not caller.is_admin:
-            raise Forbidden(
-                "admin_only", f"uid {caller.uid} is no admin of this daemon (setting admin_uids)."
-            )
+            raise Forbidden("admin_only", f"uid {caller.uid} is no admin of this daemon (setting admin_uids).")
 
 
 def caller_of(request: web.Request) -> Principal:

@@ -117,21 +117,15 @@ async def logs(request: web.Request) -> web.StreamResponse:
         raise TooMany("followers_exhausted", "Too many streams are open; close some.", retry_after=5)
     async with parts.followers:
         content_type = "application/vnd.docker.multiplexed-stream" if form == "frames" else "text/plain"
-        response = web.StreamResponse(
-            headers={"Content-Type": content_type, "X-Content-Type-Options": "nosniff"}
-        )
+        response = web.StreamResponse(headers={"Content-Type": content_type, "X-Content-Type-Options": "nosniff"})
         await response.prepare(request)
-        chunks = parts.backend.logs(
-            record.container_id, follow=follow, tail=None if tail is None else int(tail)
-        )
+        chunks = parts.backend.logs(record.container_id, follow=follow, tail=None if tail is None else int(tail))
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]
             async for chunk in chunks:
                 if wanted is not None and chunk.stream != wanted:
                     continue
                 if form == "frames":
-                    header = bytes((_STREAM_NUMBERS[chunk.stream], 0, 0, 0)) + len(chunk.data).to_bytes(
-                        4, "big"
-                    )
+                    header = bytes((_STREAM_NUMBERS[chunk.stream], 0, 0, 0)) + len(chunk.data).to_bytes(4, "big")
                     await response.write(header + chunk.data)
                 else:
                     await response.write(chunk.data)

@@ -38,7 +38,7 @@ def build(routes: tuple[Route, ...]) -> dict[str, Any]:
             if not isinstance(answer, str):
                 models[answer] = "serialization"
     _, schemas = models_json_schema(
-        [(model, mode) for model, mode in models.items()],  # type: ignore[misc]
+        list(models.items()),  # type: ignore[arg-type]
         ref_template=_REFERENCE,
     )
     paths: dict[str, dict[str, Any]] = {}
@@ -49,7 +49,7 @@ def build(routes: tuple[Route, ...]) -> dict[str, Any]:
         "info": {
             "title": "isolator",
             "version": __version__,
-            "description": "Agents in hardened boxes, over a Unix socket. The kernel's peer credentials name the caller.",
+            "description": "Agents in hardened boxes. The kernel's peer credentials name the caller.",
         },
         "paths": paths,
         "components": {"schemas": schemas.get("$defs", {})},
@@ -68,9 +68,7 @@ def _operation(route: Route) -> dict[str, Any]:
         }
     }
     for status, answer in route.answers.items():
-        content = (
-            {answer: {}} if isinstance(answer, str) else {"application/json": {"schema": _schema(answer)}}
-        )
+        content = {answer: {}} if isinstance(answer, str) else {"application/json": {"schema": _schema(answer)}}
         responses[str(status)] = {"description": route.summary, "content": content}
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}

@@ -11,13 +11,12 @@ from typing import Any
 from aiohttp import web
 
 from isolator.agents.events import EventHub
-from isolator.agents.images import ImageResolver
 from isolator.agents.lifecycle import Lifecycle
 from isolator.agents.spawner import Spawner
 from isolator.agents.teams import Teams
 from isolator.api.metrics import Metrics
 from isolator.audit.log import AuditLog
-from isolator.backends.base import Backend, Guarantees
+from isolator.backends.base import Backend, Guarantees, ImageResolver
 from isolator.network.selftest import NetworkProof
 from isolator.settings import Settings
 from isolator.store.store import Store

@@ -1,4 +1,4 @@
-"""Every route, in one table: the whole attack surface, read at a glance. A row without an access rule does not exist."""
+"""Every route, in one table: the whole attack surface at a glance. A row without an access rule does not exist."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ ANY, TEAM, AGENT, ADMIN = AnyPeer(), TeamOwner(), AgentOwner(), Admin()
 
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/healthz", system.health, ANY, "Is the daemon alive", {200: answers.Health}),
-    Route(
-        "GET", "/readyz", system.ready, ANY, "Can it spawn now", {200: answers.Health, 503: answers.Health}
-    ),
+    Route("GET", "/readyz", system.ready, ANY, "Can it spawn now", {200: answers.Health, 503: answers.Health}),
     Route("GET", "/metrics", system.metrics, ANY, "Figures for Prometheus", {200: "text/plain"}),
     Route("GET", "/v1/openapi.json", openapi.document, ANY, "This document", {200: "application/json"}),
     Route(
@@ -48,9 +46,7 @@ ROUTES: tuple[Route, ...] = (
         {200: answers.InfoAnswer},
     ),
     Route("GET", "/v1/images", system.list_images, ANY, "Pinned images", {200: answers.ItemList}),
-    Route(
-        "POST", "/v1/teams", teams.create, ANY, "Create a team", {201: answers.TeamAnswer}, body=TeamRequest
-    ),
+    Route("POST", "/v1/teams", teams.create, ANY, "Create a team", {201: answers.TeamAnswer}, body=TeamRequest),
     Route("GET", "/v1/teams", teams.list_teams, ANY, "List teams", {200: answers.TeamList}),
     Route("GET", "/v1/teams/{team}", teams.inspect, TEAM, "Inspect a team", {200: answers.TeamAnswer}),
     Route(

@@ -61,12 +61,10 @@ async def _answer_problems(request: web.Request, handler: Handler) -> web.Stream
         response = problem_answer(_of_http(error, request))
     except ConnectionError:
         raise
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever it is, the caller gets an answer and the log the truth
         _log.exception("%s %s failed", request.method, request.path)
         response = problem_answer(
-            Internal(
-                "internal_error", "isolator made a mistake; its log says more. Nothing was acknowledged."
-            )
+            Internal("internal_error", "isolator made a mistake; its log says more. Nothing was acknowledged.")
         )
     resource = request.match_info.route.resource
     pattern = resource.canonical if resource is not None else "none"

@@ -39,9 +39,7 @@ async def info(request: web.Request) -> web.StreamResponse:
             "backend": parts.backend.name,
             "uptime": round(time.time() - parts.started_at, 3),
             "engine": {"up": parts.engine_up(), **engine},
-            "guarantees": {
-                name: {"held": item.held, "how": item.how} for name, item in parts.guarantees().items()
-            },
+            "guarantees": {name: {"held": item.held, "how": item.how} for name, item in parts.guarantees().items()},
             "degraded": parts.degraded(),
             "network": parts.proof.result.answer(),
             "images": images,
@@ -116,9 +114,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     if parts.followers.locked():
         raise TooMany("followers_exhausted", "Too many streams are open; close some.", retry_after=5)
     async with parts.followers:
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
-        )
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         stopping = asyncio.create_task(parts.stopping.wait())
         writing = asyncio.create_task(_write_events(parts, response, caller, after, follow, team, agent))

@@ -53,9 +53,7 @@ async def read_model(request: web.Request, model: type[Model], timeout: float) -
     try:
         body = await asyncio.wait_for(request.read(), timeout)
     except TimeoutError:
-        raise RequestTimeout(
-            "request_timeout", f"The body did not arrive whole within {timeout:.0f} s."
-        ) from None
+        raise RequestTimeout("request_timeout", f"The body did not arrive whole within {timeout:.0f} s.") from None
     except web.HTTPRequestEntityTooLarge as error:
         raise TooLarge(
             "body_too_large",

@@ -59,7 +59,5 @@ def check_line(line: bytes, sequence: int, previous: str) -> dict[str, Any]:
     if record.get("seq") != sequence:
         raise ValueError(f"has number {record.get('seq')} where {sequence} belongs")
     if record.get("prev") != previous:
-        raise ValueError(
-            "does not follow from the line before it: something was edited, removed or inserted here"
-        )
+        raise ValueError("does not follow from the line before it: something was edited, removed or inserted here")
     return record

@@ -61,9 +61,7 @@ class AuditLog:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor = os.open(self.path, flags, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._head_descriptor = os.open(
-            self._head_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
+        self._head_descriptor = os.open(self._head_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         self.recovered = self._set_torn_aside()
         self.head = self._read_head()
         self._broken: str | None = None
@@ -145,9 +143,7 @@ class AuditLog:
             lines.append(line + b"\n")
         data = b"".join(lines)
         try:
-            written = os.write(self._descriptor, data)
-            if written != len(data):
-                raise OSError(28, "the disk took only part of the audit line")
+            _write_whole(self._descriptor, data)
             os.fdatasync(self._descriptor)
         except OSError:
             # Half a line would break the chain for whoever comes next.
@@ -201,9 +197,14 @@ class AuditLog:
             noted_sequence, noted_hash = int(noted[0]), noted[1].decode()
             if sequence < noted_sequence or (sequence == noted_sequence and head.hash != noted_hash):
                 raise AuditLogDamaged(
-                    f"{self.path} ends at entry {sequence}, but entry {noted_sequence} was written: it was cut or edited"
+                    f"{self.path} ends at entry {sequence}, but {noted_sequence} were written: it was cut or edited"
                 )
         return head
+
+
+def _write_whole(descriptor: int, data: bytes) -> None:
+    if os.write(descriptor, data) != len(data):
+        raise OSError(28, "the disk took only part of the audit line")
 
 
 def _unavailable(reason: str) -> Unavailable:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from isolator.model.box import BoxSpec
+from isolator.model.image import ImageFacts
 
 BoxState = Literal["created", "running", "exited"]
 Stream = Literal["stdout", "stderr"]
@@ -29,7 +30,7 @@ Guarantees = dict[str, Guarantee]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """One box as the engine knows it. `daemon` is the boot id of the isolator that made it, `spec` its spec's digest."""
+    """One box as the engine knows it: `daemon` is the boot id of its maker, `spec` its spec's digest."""
 
     id: str
     agent: str
@@ -62,6 +63,21 @@ class LogChunk:
 
     stream: Stream
     data: bytes
+
+
+class ImageResolver(Protocol):
+    """Which digest may run under an image's name."""
+
+    async def resolve(self, reference: str) -> ImageFacts:
+        """The image a spawn names.
+
+        Raises:
+            NotFound: `image_not_found`.
+            Forbidden: `image_not_allowed` (with the digest to allow), `image_unsafe`, `image_unsupported`.
+        """
+
+    async def overview(self) -> list[dict[str, Any]]:
+        """Pinned images: name, digest, whether the engine has them."""
 
 
 class Backend(Protocol):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from isolator.cli.output import copy_output
+from isolator.cli.output import Style, copy_output
 from isolator.cli.progress import Progress
 from isolator.cli.reference import AgentReference, TeamReference, find_agent
 from isolator.cli.session import Session, json_option, note, pass_session
@@ -125,9 +125,7 @@ def _describe(agent: Agent) -> str:
     if secrets := agent.raw.get("secrets"):
         parts.append(table(("SECRET", "AS"), [(each.get("name"), each.get("as")) for each in secrets]))
     if agent.receipt:
-        receipt = [
-            (name, "held" if each.held else "NOT HELD", each.how) for name, each in agent.receipt.items()
-        ]
+        receipt = [(name, "held" if each.held else "NOT HELD", each.how) for name, each in agent.receipt.items()]
         parts.append(table(("GUARANTEE", "", "HOW"), receipt, flexible=(2,), columns=columns))
     parts.extend(f"warning: {escape(each.get('detail') or each.get('code'))}" for each in agent.warnings)
     return "\n\n".join(parts)
@@ -137,9 +135,7 @@ def _describe(agent: Agent) -> str:
 @click.argument("agent", type=AgentReference())
 @click.option("-f", "--follow", is_flag=True, help="Go on until it ends.")
 @click.option("-n", "--tail", type=click.IntRange(min=0), metavar="LINES", help="Only the last lines.")
-@click.option(
-    "--escape", "escaped", is_flag=True, help="Show control characters as codes: for hostile output."
-)
+@click.option("--escape", "escaped", is_flag=True, help="Show control characters as codes: for hostile output.")
 @json_option
 @pass_session
 def logs(session: Session, agent: str, follow: bool, tail: int | None, escaped: bool) -> None:
@@ -149,15 +145,13 @@ def logs(session: Session, agent: str, follow: bool, tail: int | None, escaped: 
     """
     with session.client() as client:
         found = find_agent(client, agent)
-        style = "json" if session.json else "escaped" if escaped else "raw"
+        style: Style = "json" if session.json else "escaped" if escaped else "raw"
         copy_output(client.logs(found.id, follow=follow, tail=tail), style)
 
 
 @click.command()
 @click.argument("agents", type=AgentReference(), nargs=-1, required=True, metavar="AGENT...")
-@click.option(
-    "--grace", type=click.FloatRange(min=0), metavar="S", help="Seconds between asking and killing."
-)
+@click.option("--grace", type=click.FloatRange(min=0), metavar="S", help="Seconds between asking and killing.")
 @json_option
 @pass_session
 def stop(session: Session, agents: tuple[str, ...], grace: float | None) -> None:

@@ -1,7 +1,7 @@
 """`spawn --wait`: an agent's output to ours, our interruption to it, and its end as our own.
 
-The agent lives with the command that waits for it: Ctrl-C, TERM, HUP, or a reader that went away stop it. If the daemon
-restarts meanwhile the agent runs on, and so does the wait, for a minute at most.
+The agent lives with the command that waits for it: Ctrl-C, TERM, HUP, or a reader that went away stop it. If
+the daemon restarts meanwhile the agent runs on, and so does the wait, for a minute at most.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from isolator.client import Agent, Client
 
 _PATIENCE: Final = 60.0
+_PAUSE: Final = 0.2
 _SIGNALLED: Final = 128
 _KILLED: Final = _SIGNALLED + signal.SIGKILL
 _NOT_FOUND: Final = 404
@@ -28,7 +30,7 @@ _OUR_DOING: Final = ("oom", "wall", "ttl")
 Result = TypeVar("Result")
 
 
-class _Terminated(Exception):  # noqa: N818 - no error: somebody asked
+class _Terminated(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
@@ -49,7 +51,7 @@ def run_to_end(client: Client, agent: Agent, *, copy: bool) -> tuple[Agent | Non
         with _raising_signals():
             if copy:
                 _copy(client, agent)
-            final = _patiently(lambda: client.wait(agent.id))
+            final = _patiently(client, lambda: client.wait(agent.id))
         return final, exit_code(final)
     except KeyboardInterrupt:
         number = int(signal.SIGINT)
@@ -102,28 +104,31 @@ def _copy(client: Client, agent: Agent) -> None:
                     written[number] += len(fresh)
 
     try:
-        _patiently(once)
+        _patiently(client, once)
     except ProblemError as problem:
         note(f"isolator: no more of the output can be shown: {problem.detail}")
 
 
-def _patiently(act: Callable[[], Result]) -> Result:
-    """Do it; while the daemon is away, again, for a minute. A refusal is raised at once."""
-    from isolator.client import AnswerTimeout, ConnectionLost, SocketNotFound  # noqa: PLC0415
+def _patiently(client: Client, act: Callable[[], Result]) -> Result:
+    """Do it; each time the daemon goes away, wait a minute for it and do it again. A refusal is raised at once."""
+    from isolator.client import AnswerTimeout, ConnectionLost, SocketNotFound  # noqa: PLC0415 - as above
 
-    try:
-        return act()
-    except (ConnectionLost, AnswerTimeout, SocketNotFound):
-        note("isolator: the daemon went away; the agent runs on. Waiting for it to come back …")
-    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential  # noqa: PLC0415
+    away = (ConnectionLost, AnswerTimeout, SocketNotFound)
+    while True:
+        try:
+            return act()
+        except away:
+            note("isolator: the daemon went away; the agent runs on. Waiting for it to come back …")
+        # Slow to load, and needed only now.
+        from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential  # noqa: PLC0415
 
-    again = Retrying(
-        retry=retry_if_exception_type((ConnectionLost, AnswerTimeout, SocketNotFound)),
-        stop=stop_after_delay(_PATIENCE),
-        wait=wait_random_exponential(multiplier=0.1, max=3),
-        reraise=True,
-    )
-    return again(act)
+        time.sleep(_PAUSE)
+        Retrying(
+            retry=retry_if_exception_type(away),
+            stop=stop_after_delay(_PATIENCE),
+            wait=wait_exponential(multiplier=_PAUSE, max=3),
+            reraise=True,
+        )(client.healthy)
 
 
 def _stop(client: Client, agent: Agent) -> None:

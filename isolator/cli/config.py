@@ -37,7 +37,7 @@ def settings_or_failure() -> Settings:
         ) from flawed
 
 
-class _Flawed(Exception):  # noqa: N818 - a finding, told by whoever asked
+class _Flawed(Exception):
     def __init__(self, flaws: list[str]) -> None:
         super().__init__("; ".join(flaws))
         self.flaws = flaws
@@ -51,9 +51,7 @@ def _load() -> Settings:
     try:
         return load_settings()
     except ValidationError as error:
-        raise _Flawed(
-            [_flaw(each) for each in error.errors(include_url=False, include_input=False)]
-        ) from error
+        raise _Flawed([_flaw(each) for each in error.errors(include_url=False, include_input=False)]) from error
     except OSError as error:
         raise _Flawed([str(error)]) from error
     except ValueError as error:  # not TOML, or a variable that is not the JSON it must be
@@ -87,9 +85,7 @@ def _environment_names() -> dict[str, str]:
     return {
         variable[len(_PREFIX) :].lower(): variable
         for variable, value in os.environ.items()
-        if variable.upper().startswith(_PREFIX)
-        and value
-        and variable[len(_PREFIX) :].upper() not in _NO_SETTINGS
+        if variable.upper().startswith(_PREFIX) and value and variable[len(_PREFIX) :].upper() not in _NO_SETTINGS
     }
 
 
@@ -150,7 +146,8 @@ def _shown(value: Any) -> str:
 def check(context: click.Context, session: Session, file: Path | None) -> None:
     """Check FILE by itself, or the effective settings; exit 1 if the daemon would refuse them.
 
-    Without FILE, variables that begin with ISOLATOR_ but are no setting are refused too: a misspelt limit is none.
+    Without FILE, variables that begin with ISOLATOR_ but are no setting are refused too: a misspelt limit is
+    none.
     """
     problems: list[str] = []
     with _only_file(file) if file else contextlib.nullcontext():

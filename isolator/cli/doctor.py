@@ -1,4 +1,4 @@
-"""`doctor`: what of this host is weak or broken, what that means, and what to do; with and without a daemon."""
+"""`doctor`: what of this host is weak or broken, what that means, what to do; daemon or no daemon."""
 
 from __future__ import annotations
 
@@ -95,9 +95,7 @@ def _line(finding: Finding) -> str:
         break_on_hyphens=False,
         break_long_words=False,
     )
-    coloured = (
-        click.style(finding.level, fg=dict(_COLOURS)[finding.level]) if sys.stdout.isatty() else finding.level
-    )
+    coloured = click.style(finding.level, fg=dict(_COLOURS)[finding.level]) if sys.stdout.isatty() else finding.level
     text = coloured + text[len(finding.level) :]
     if finding.action is None:
         return text

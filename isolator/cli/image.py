@@ -1,4 +1,4 @@
-"""`image build`, `image ls`: the agents' images. Building is done here, by root, beside the engine; not by the daemon."""
+"""`image build`, `image ls`: the agents' images. They are built here, by root; never by the daemon."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def build(session: Session, names: tuple[str, ...], if_missing: bool, lock: Path
     known = building.available_images()
     wanted = [name.removeprefix("isolator/") for name in names] or list(known)
     if unknown := [name for name in wanted if name not in known]:
-        raise Failure(
-            f"No recipe is called {', '.join(unknown)}. There are: {', '.join(known)}", "image_unknown"
-        )
+        raise Failure(f"No recipe is called {', '.join(unknown)}. There are: {', '.join(known)}", "image_unknown")
     settings = settings_or_failure()
     path = (lock or settings.image_lock_path).absolute()
     _make_folder(path.parent)
@@ -59,9 +57,7 @@ def build(session: Session, names: tuple[str, ...], if_missing: bool, lock: Path
                 _tell(session, f"isolator/{name}: present as pinned ({pinned[:19]}), not built again")
                 continue
             with Progress(f"building {name}", enabled=not session.json) as progress:
-                built = building.build_image(
-                    name, engine=engine, progress=_saying(session, progress), cache=cache
-                )
+                built = building.build_image(name, engine=engine, progress=_saying(session, progress), cache=cache)
             pins[built.name] = built.image_id
             # Pinned one by one: a later image's failure does not lose the earlier ones.
             write_lock(path, pins)
@@ -93,9 +89,9 @@ def _tell(session: Session, line: str) -> None:
 
 
 def _saying(session: Session, progress: Progress) -> Any:
-    """What to call with a build's lines: the moving line at a terminal, plain lines in a log, nothing for programs."""
+    """What to call with a build's lines: one moving line at a terminal, plain ones in a log, or nothing."""
     if session.json:
-        return lambda line: None
+        return lambda _: None
     return progress.say if sys.stderr.isatty() else note
 
 

@@ -1,10 +1,10 @@
 """`isolator`: the entry point, the list of commands, and the one place where failures become exit codes.
 
-A command's module is loaded when the command is called, so that `isolator ps` does not wait for what only `doctor`
-needs. The one-line helps stand here for the same reason.
+A command's module is loaded when the command is called, so that `isolator ps` does not wait for what only
+`doctor` needs. The one-line helps stand here for the same reason.
 
-Exit codes: 0 done; 1 a check found something (`doctor`, `config check`, `audit verify`); 125 isolator's own failure,
-wrong usage included; 128+N ended by signal N; `spawn --wait` exits as the agent did.
+Exit codes: 0 done; 1 a check found something (`doctor`, `config check`, `audit verify`); 125 isolator's own
+failure, wrong usage included; 128+N ended by signal N; `spawn --wait` exits as the agent did.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Program(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
 
-    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:  # type: ignore[override]
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
         """Run, and exit with the code the module's docstring lists."""
         session = Session()
         extra["standalone_mode"] = False
@@ -85,7 +85,7 @@ class Program(click.Group):
             # What is still buffered would fail again, loudly, when the interpreter ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = _PIPE_CLOSED
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what is no known failure is raised again
             code = _report(error, session)
         sys.exit(code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import codecs
 import json
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -33,7 +34,7 @@ def copy_output(stream: LogStream, style: Style = "raw") -> None:
 def writer(style: Style) -> Callable[[int, bytes], None]:
     """What to call with each piece of output: stream number (1 stdout, 2 stderr) and bytes."""
     if style == "raw":
-        targets = {1: click.get_binary_stream("stdout"), 2: click.get_binary_stream("stderr")}
+        targets = {1: sys.stdout.buffer, 2: sys.stderr.buffer}
 
         def write(number: int, data: bytes) -> None:
             targets[number].write(data)
@@ -44,7 +45,7 @@ def writer(style: Style) -> Callable[[int, bytes], None]:
         decoders = {number: codecs.getincrementaldecoder("utf-8")("backslashreplace") for number in (1, 2)}
 
         def write(number: int, data: bytes) -> None:
-            click.echo(escape(decoders[number].decode(data), keep="\n\t"), nl=False, err=number == 2)  # noqa: PLR2004
+            click.echo(escape(decoders[number].decode(data), keep="\n\t"), nl=False, err=number == 2)
 
     else:
 

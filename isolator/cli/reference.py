@@ -30,7 +30,7 @@ def find_agent(client: Client, text: str) -> Agent:
         try:
             return client.agent(text)
         except ProblemError as error:
-            if error.status != 404:  # noqa: PLR2004 - HTTP Not Found
+            if error.status != 404:
                 raise
     agents = client.agents()
     for meant in (lambda agent: _named(agent, text), lambda agent: agent.id.startswith(text)):
@@ -39,14 +39,10 @@ def find_agent(client: Client, text: str) -> Agent:
         if found:
             return _only(found, text)
     # Removed agents answer to their id only: their names have passed to others.
-    found = [
-        agent for agent in client.agents(removed=True) if len(text) >= _FEWEST and agent.id.startswith(text)
-    ]
+    found = [agent for agent in client.agents(removed=True) if len(text) >= _FEWEST and agent.id.startswith(text)]
     if found:
         return _only(found, text)
-    raise Failure(
-        f"No agent is called {text!r}, nor has an id that begins so. See: isolator ps", "agent_not_found"
-    )
+    raise Failure(f"No agent is called {text!r}, nor has an id that begins so. See: isolator ps", "agent_not_found")
 
 
 def _named(agent: Agent, text: str) -> bool:
@@ -57,7 +53,7 @@ def _named(agent: Agent, text: str) -> bool:
 def _only(found: list[Agent], text: str) -> Agent:
     if len(found) > 1:
         known = ", ".join(f"{agent.id} ({agent.team}/{agent.name})" for agent in found[:5])
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""  # noqa: PLR2004 - enough to choose from
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise Failure(
             f"{text!r} may mean {len(found)} agents: {known}{more}. Say TEAM/NAME or more of the id.",
             "agent_ambiguous",
@@ -72,14 +68,12 @@ def _client_for_completion(context: click.Context) -> Client:
     return Client(context.find_root().params.get("socket"), timeout=_COMPLETION_TIMEOUT)
 
 
-class AgentReference(click.ParamType):
+class AgentReference(click.ParamType):  # type: ignore[type-arg] # generic in newer clicks only
     """An AGENT argument."""
 
     name = "agent"
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Ids, TEAM/NAME and names that begin so; nothing when the daemon is slow or absent."""
         del param
         agents = _quietly(lambda: _client_for_completion(ctx).agents())
@@ -94,14 +88,12 @@ class AgentReference(click.ParamType):
         ]
 
 
-class TeamReference(click.ParamType):
+class TeamReference(click.ParamType):  # type: ignore[type-arg] # generic in newer clicks only
     """A TEAM argument or option."""
 
     name = "team"
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Teams that begin so."""
         del param
         teams = _quietly(lambda: _client_for_completion(ctx).teams())

@@ -42,9 +42,7 @@ _PLAIN: Final = ("image", "network", "session", "parent", "ttl", "idle_ttl", "cl
     metavar="NAME[=@FILE|=-]",
     help="Secret as /run/secrets/NAME; bare: the host's.",
 )
-@click.option(
-    "--secret-env", multiple=True, metavar="NAME[=VAR][=@FILE|=-]", help="Secret as environment variable."
-)
+@click.option("--secret-env", multiple=True, metavar="NAME[=VAR][=@FILE|=-]", help="Secret as environment variable.")
 @click.option("--skill", "skills", multiple=True, metavar="NAME", help="Skill to load.")
 @click.option("--cpus", type=float, metavar="N", help="CPU cores at most.")
 @click.option("--memory", metavar="SIZE", help="Memory at most, such as 512m.")

@@ -1,7 +1,7 @@
 """The texts of spawn's options into what the API takes. Pure but for secrets, whose values are read here.
 
-A value never comes from the command line itself: every process of the host can read another's arguments, and shells
-keep them in their history.
+A value never comes from the command line itself: every process of the host can read another's arguments, and
+shells keep them in their history.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def read_source(source: str) -> bytes:
         if sys.stdin.isatty():
             typed: str = click.prompt("Secret", hide_input=True, err=True)
             return typed.encode()
-        return click.get_binary_stream("stdin").read(_LARGEST_SECRET + 1)
+        return sys.stdin.buffer.read(_LARGEST_SECRET + 1)
     try:
         with Path(source[1:]).open("rb") as file:
             return file.read(_LARGEST_SECRET + 1)

@@ -36,10 +36,7 @@ def ls(session: Session) -> None:
     session.show_table(
         {"items": [each.raw for each in teams], "next": None},
         ("TEAM", "OWNER", "AGENTS", "SUBNET", "NETWORK", "AGE"),
-        [
-            (each.id, each.owner, _count(each.agents), each.subnet, each.network, age(each.created_at))
-            for each in teams
-        ],
+        [(each.id, each.owner, _count(each.agents), each.subnet, each.network, age(each.created_at)) for each in teams],
         flexible=(4,),
         empty="No teams. A spawn creates the one it names, or: isolator team create NAME",
     )

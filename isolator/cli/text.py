@@ -1,7 +1,8 @@
-"""Text for people: aligned tables, short times and sizes, and nothing an agent wrote reaching the terminal raw.
+"""Text for people: aligned tables, short times and sizes, and nothing an agent wrote shown raw.
 
-Names, commands and exit details come from agents and from whoever spawned them. A terminal obeys control characters,
-and bidirectional marks make a name look like another, so whatever is not printable is shown as its code instead.
+Names, commands and exit details come from agents and from whoever spawned them. A terminal obeys control
+characters, and bidirectional marks make a name look like another, so whatever is not printable is shown as
+its code instead.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ def escape(value: Any, *, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(
-        letter if letter.isprintable() or letter in keep else _ESCAPES.get(letter, _code(letter))
-        for letter in text
+        letter if letter.isprintable() or letter in keep else _ESCAPES.get(letter, _code(letter)) for letter in text
     )
 
 
@@ -75,7 +75,8 @@ def table(
         headers: one a column.
         rows: cells; None is shown as `-`.
         flexible: columns that may be cut (with an ellipsis) where the terminal is narrow. Ids never are.
-        columns: the terminal's width; None for as wide as it takes. Where even cut columns don't fit, each row
+        columns: the terminal's width; None for as wide as it takes. Where even cut columns don't fit, each
+        row
             becomes a block of `HEADER: value` lines: cut in half, a table tells wrong things.
     """
     cells = [["-" if cell is None or cell == "" else escape(cell) for cell in row] for row in rows]

@@ -136,7 +136,7 @@ class Client:
         """
         path = f"/v1/teams/{_quoted(team)}/agents/{_quoted(name)}"
         answer = self._call("PUT", path, body=spawn_body(command, options), timeout=SPAWN_TIMEOUT)
-        return Agent.from_answer(_object(answer)), answer.status == 201  # noqa: PLR2004 - HTTP Created
+        return Agent.from_answer(_object(answer)), answer.status == 201
 
     def agents(
         self,

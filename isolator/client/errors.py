@@ -41,7 +41,7 @@ class IsolatorClientError(Exception):
         return {"code": self.code, "detail": self.detail}
 
 
-class SocketNotFound(IsolatorClientError):  # noqa: N818 - says what happened
+class SocketNotFound(IsolatorClientError):
     """Nobody listens at the socket."""
 
     code: str = "socket_not_found"
@@ -54,7 +54,7 @@ class SocketNotFound(IsolatorClientError):  # noqa: N818 - says what happened
         self.path = path
 
 
-class SocketDenied(IsolatorClientError):  # noqa: N818 - says what happened
+class SocketDenied(IsolatorClientError):
     """The caller may not connect to the socket."""
 
     code: str = "socket_denied"
@@ -68,7 +68,7 @@ class SocketDenied(IsolatorClientError):  # noqa: N818 - says what happened
         )
 
 
-class SocketUntrusted(IsolatorClientError):  # noqa: N818 - says what happened
+class SocketUntrusted(IsolatorClientError):
     """The process that listens belongs to neither root nor the caller."""
 
     code: str = "socket_untrusted"
@@ -82,19 +82,19 @@ class SocketUntrusted(IsolatorClientError):  # noqa: N818 - says what happened
         self.uid = uid
 
 
-class ConnectionLost(IsolatorClientError):  # noqa: N818 - says what happened
+class ConnectionLost(IsolatorClientError):
     """The connection ended before the answer did."""
 
     code: str = "connection_lost"
 
 
-class AnswerTimeout(IsolatorClientError):  # noqa: N818 - says what happened
+class AnswerTimeout(IsolatorClientError):
     """No answer, or no more of it, within the time allowed."""
 
     code: str = "answer_timeout"
 
 
-class AnswerInvalid(IsolatorClientError):  # noqa: N818 - says what happened
+class AnswerInvalid(IsolatorClientError):
     """The answer is none of this API's."""
 
     code: str = "answer_invalid"

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,8 +23,7 @@ from isolator.host import syscalls
 from isolator.model.box import BoxMount, BoxSpec
 from isolator.model.errors import BadRequest, BoxFailed, Forbidden, NotFound, Unavailable
 from isolator.model.identity import Principal
-from isolator.policy.compile import OpenedMount
-from isolator.policy.mounts import PlannedMount, refuse_sensitive
+from isolator.model.mount import OpenedMount, PlannedMount
 
 _BENEATH = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
@@ -54,9 +53,9 @@ class FolderOpener:
         Unavailable: `mounts_unavailable` where the daemon is not root.
     """
 
-    def __init__(self, own_folders: Sequence[PurePosixPath]) -> None:
-        """`own_folders`: isolator's own, refused by the real path too."""
-        self._own = tuple(own_folders)
+    def __init__(self, refuse_sensitive: Callable[[PurePosixPath], None]) -> None:
+        """`refuse_sensitive`: the policy's word on a real path; it raises."""
+        self._refuse_sensitive = refuse_sensitive
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="isolator-folders")
 
     def close(self) -> None:
@@ -70,7 +69,7 @@ class FolderOpener:
         if os.geteuid() != 0:
             raise Unavailable(
                 "mounts_unavailable",
-                "Only a daemon run by root can mount folders safely. Start isolator as a service, or spawn without mounts.",
+                "Only a daemon run by root can mount folders safely. Run it as a service, or spawn without mounts.",
             )
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._open_all, planned, caller)
 
@@ -117,7 +116,7 @@ class FolderOpener:
                 source=plan.source,
             )
         # Where it really is: the root itself may be a bind mount or a link the operator made.
-        refuse_sensitive(PurePosixPath(_real_path(descriptor)), self._own)
+        self._refuse_sensitive(PurePosixPath(_real_path(descriptor)))
         needed = os.R_OK | (0 if plan.read_only else os.W_OK) | (os.X_OK if is_folder else 0)
         if caller.uid != 0 and not syscalls.may_access(descriptor, needed):
             verb = "read" if plan.read_only else "write"
@@ -131,7 +130,7 @@ class FolderOpener:
 
 def _real_path(descriptor: int) -> str:
     # The name must be read as root: the thread that opened it may lack the right to look at its own links.
-    return os.readlink(f"/proc/self/fd/{descriptor}")
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
 
 def _refusal(error: OSError, plan: PlannedMount) -> Exception:
@@ -148,9 +147,7 @@ def _refusal(error: OSError, plan: PlannedMount) -> Exception:
                 f"{plan.source} is or passes through a symbolic link. Name the real folder.",
                 source=plan.source,
             )
-    return Forbidden(
-        "mount_not_reachable", f"{plan.source} can't be opened: {error.strerror}.", source=plan.source
-    )
+    return Forbidden("mount_not_reachable", f"{plan.source} can't be opened: {error.strerror}.", source=plan.source)
 
 
 def stage(spec: BoxSpec, held: Sequence[HeldFolder]) -> None:

@@ -36,9 +36,7 @@ def read_secret(name: str, caller: Principal, secret_dir: Path, credentials: Pat
         value = _read(folder, relative, name)
         if value is not None:
             return value
-    raise NotFound(
-        "secret_not_found", f"There is no secret {name} for uid {caller.uid} on this host.", name=name
-    )
+    raise NotFound("secret_not_found", f"There is no secret {name} for uid {caller.uid} on this host.", name=name)
 
 
 def _read(folder: Path, relative: str, name: str) -> bytes | None:

@@ -211,7 +211,7 @@ def _read_layer(member: Member, budget: _Budget) -> list[Entry] | None:
     pieces = _chained(start, member)
     if start.startswith(b"\x1f\x8b"):
         source = ChunkReader(gunzip(pieces), budget.take)
-    elif start[257:262] == b"ustar" or (len(start) == 512 and not start.strip(b"\x00")):  # noqa: PLR2004
+    elif start[257:262] == b"ustar" or (len(start) == 512 and not start.strip(b"\x00")):
         # Already counted once, as part of the export.
         source = ChunkReader(pieces, _nothing)
     else:

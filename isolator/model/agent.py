@@ -82,8 +82,7 @@ class Agent:
                 "wall": spec.limits.wall,
             },
             "mounts": [
-                {"source": m.source, "target": m.target, "mode": "ro" if m.read_only else "rw"}
-                for m in spec.mounts
+                {"source": m.source, "target": m.target, "mode": "ro" if m.read_only else "rw"} for m in spec.mounts
             ],
             "secrets": [{"name": s.name, "as": s.delivery} for s in spec.secrets],
             "spec_digest": self.spec_digest,

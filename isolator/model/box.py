@@ -90,6 +90,13 @@ class BoxSpec:
     cleanup_grace: float
     labels: tuple[tuple[str, str], ...]
 
+    @property
+    def box_name(self) -> str:
+        """The name people see in `docker ps`: whose it is, and enough of the id to be unique."""
+        if self.name == self.agent:
+            return f"openclaw-{self.team}-{self.agent}"
+        return f"openclaw-{self.team}-{self.name}-{self.agent[:6]}"
+
     def meaning(self) -> dict[str, Any]:
         """What the request meant, without what differs from one build of it to the next."""
         whole = asdict(self)

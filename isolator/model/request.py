@@ -63,9 +63,7 @@ class SecretRequest(_Wire):
     name: Name
     value: Annotated[str, Field(max_length=MAX_SECRET)] | None = Field(None, repr=False)
     delivery: Literal["file", "env"] = Field("file", alias="as")
-    env: Name | None = Field(
-        None, description='With "as": "env", the variable; default: the name in capitals.'
-    )
+    env: Name | None = Field(None, description='With "as": "env", the variable; default: the name in capitals.')
 
     @model_validator(mode="before")
     @classmethod
@@ -76,9 +74,7 @@ class SecretRequest(_Wire):
 class TeamRequest(_Wire):
     """A team to create."""
 
-    id: Name = Field(
-        validation_alias=AliasChoices("id", "team", "name"), description="Lower-case, [a-z0-9-]."
-    )
+    id: Name = Field(validation_alias=AliasChoices("id", "team", "name"), description="Lower-case, [a-z0-9-].")
 
 
 class EnsureRequest(_Wire):

@@ -55,7 +55,7 @@ def resolves(server: str) -> bool:
             answer = asker.recv(512)
     except OSError:
         return False
-    code = answer[3] & 0x0F if len(answer) > 3 else 2  # noqa: PLR2004
+    code = answer[3] & 0x0F if len(answer) > 3 else 2
     # NOERROR and NXDOMAIN are answers of a resolver that was asked; SERVFAIL and REFUSED are no answer.
     return code in (0, 3)
 

@@ -62,9 +62,7 @@ class ProofResult:
             "status": self.status,
             "reason": self.reason,
             "checked_at": timestamp(self.checked_at),
-            "checks": [
-                {"name": check.name, "held": check.held, "detail": check.detail} for check in self.checks
-            ],
+            "checks": [{"name": check.name, "held": check.held, "detail": check.detail} for check in self.checks],
         }
 
 
@@ -124,7 +122,7 @@ class NetworkProof:
             raise Unavailable(
                 "network_unproven",
                 "This engine's networks are not shown to be closed, so no agent gets one: "
-                f"{self.result.reason or 'the self-test has not ended'}. Spawn with network none, or see isolator doctor.",
+                f"{self.result.reason or 'the self-test has not ended'}. Spawn with network none, or ask isolator doctor.",
                 status_of_proof=self.result.status,
                 retry_after=5,
             )

@@ -19,9 +19,7 @@ def free_subnet(pool: str, prefix: int, taken: Collection[str]) -> str:
         TooMany: `subnets_exhausted`.
     """
     exact = set(taken)
-    odd = [
-        network for network in (ipaddress.IPv4Network(item) for item in taken) if network.prefixlen != prefix
-    ]
+    odd = [network for network in (ipaddress.IPv4Network(item) for item in taken) if network.prefixlen != prefix]
     for piece in ipaddress.IPv4Network(pool).subnets(new_prefix=prefix):
         if str(piece) not in exact and not any(piece.overlaps(network) for network in odd):
             return str(piece)

@@ -13,12 +13,13 @@ from isolator.model.agent import timestamp
 from isolator.model.box import SECRETS_DIR, WORKSPACE, BoxMount, BoxSpec, NetworkMode, Scratch, SecretRef
 from isolator.model.errors import BadRequest, Forbidden
 from isolator.model.identity import Principal
+from isolator.model.image import ImageFacts
+from isolator.model.mount import OpenedMount
 from isolator.model.names import check_name
 from isolator.model.request import EnsureRequest, SecretRequest
 from isolator.model.team import Team, network_name
 from isolator.policy.environment import check_environment, check_text, check_variable_name
 from isolator.policy.limits import decide_limits
-from isolator.policy.mounts import PlannedMount
 from isolator.settings import Settings
 
 SKILL_IMAGE = "isolator/skill"
@@ -26,28 +27,6 @@ SECRETS_SIZE = 1024 * 1024
 MAX_GRACE = 86_400.0
 MAX_TTL = 366 * 86_400.0
 _SECRET_NAME_EXTRA = frozenset("-_.")
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedMount:
-    """What a planned mount led to: its device, inode and owner."""
-
-    plan: PlannedMount
-    device: int
-    inode: int
-    uid: int
-    gid: int
-    is_folder: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFacts:
-    """The image a name stands for: its digest, the Python inside that runs the guest, and its own environment."""
-
-    reference: str
-    digest: str
-    interpreter: str
-    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +62,7 @@ def compile_box(
     limits = decide_limits(request.limits, settings, facts.host_cpus)
     uid, gid = _identity(caller, facts.mounts, settings)
     has_workspace = any(mount.plan.target == WORKSPACE for mount in facts.mounts)
-    home = WORKSPACE if has_workspace else "/tmp"  # noqa: S108 - the box's own tmpfs
+    home = WORKSPACE if has_workspace else "/tmp"
     staging = settings.runtime_dir / "mounts" / facts.agent
     spec = BoxSpec(
         agent=facts.agent,
@@ -104,11 +83,9 @@ def compile_box(
         gid=gid,
         hostname=agent_name,
         limits=limits,
-        mounts=tuple(
-            _box_mount(mount, str(staging / str(index))) for index, mount in enumerate(facts.mounts)
-        ),
+        mounts=tuple(_box_mount(mount, str(staging / str(index))) for index, mount in enumerate(facts.mounts)),
         scratch=(
-            Scratch("/tmp", limits.disk, 0o1777),  # noqa: S108
+            Scratch("/tmp", limits.disk, 0o1777),
             Scratch(SECRETS_DIR, SECRETS_SIZE, 0o700),
         ),
         network=network,
@@ -133,9 +110,7 @@ def refuse_unbuilt(request: EnsureRequest) -> None:
     if request.skills:
         raise Forbidden("skills_unavailable", "This version can't verify skills yet, so it runs none.")
     if request.capabilities:
-        raise Forbidden(
-            "capabilities_unavailable", "This version can't grant capabilities yet, so it grants none."
-        )
+        raise Forbidden("capabilities_unavailable", "This version can't grant capabilities yet, so it grants none.")
 
 
 def decide_secrets(secrets: Sequence[SecretRequest], environment: dict[str, str]) -> tuple[SecretRef, ...]:
@@ -160,13 +135,9 @@ def decide_secrets(secrets: Sequence[SecretRequest], environment: dict[str, str]
                 raise BadRequest("secret_duplicate", f"The variable {variable} is set twice.", name=variable)
             variables.add(variable)
             if secret.value is not None and "\x00" in secret.value:
-                raise BadRequest(
-                    "secret_value_invalid", f"The secret {name} holds a NUL: hand it over as a file."
-                )
+                raise BadRequest("secret_value_invalid", f"The secret {name} holds a NUL: hand it over as a file.")
         elif secret.env is not None:
-            raise BadRequest(
-                "secret_name_invalid", f'The secret {name} names a variable but is not "as": "env".'
-            )
+            raise BadRequest("secret_name_invalid", f'The secret {name} names a variable but is not "as": "env".')
         if secret.value is not None:
             check_text(secret.value.replace("\x00", ""), "secret_value_invalid", f"The secret {name}")
         refs.append(SecretRef(name, secret.delivery, variable))
@@ -175,7 +146,7 @@ def decide_secrets(secrets: Sequence[SecretRequest], environment: dict[str, str]
 
 def _secret_name(name: str) -> str:
     allowed = all(letter.isascii() and (letter.isalnum() or letter in _SECRET_NAME_EXTRA) for letter in name)
-    if not allowed or name.startswith(".") or len(name) > 64:  # noqa: PLR2004
+    if not allowed or name.startswith(".") or len(name) > 64:
         raise BadRequest(
             "secret_name_invalid",
             "A secret's name must be 1 to 64 of letters, digits, '-', '_' and '.', not starting with a dot.",
@@ -246,9 +217,7 @@ def _command(command: Sequence[str]) -> tuple[str, ...]:
     return tuple(command)
 
 
-def _environment(
-    request: EnsureRequest, facts: SpawnFacts, team: str, home: str
-) -> tuple[tuple[str, str], ...]:
+def _environment(request: EnsureRequest, facts: SpawnFacts, team: str, home: str) -> tuple[tuple[str, str], ...]:
     given = dict(check_environment(request.env))
     # The engine adds the image's variables whether we like it or not: so they are judged, and part of the spec.
     inherited = dict(check_environment(dict(facts.image.environment)))

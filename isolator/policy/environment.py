@@ -14,9 +14,7 @@ from isolator.model.errors import BadRequest, Forbidden, TooLarge
 MAX_BYTES = 262_144
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z", re.ASCII)
 _REFUSED_PREFIXES = ("LD_", "ISOLATOR_", "GLIBC_")
-_REFUSED = frozenset(
-    {"GCONV_PATH", "GETCONF_DIR", "HOSTALIASES", "LOCALDOMAIN", "NIS_PATH", "NLSPATH", "RES_OPTIONS"}
-)
+_REFUSED = frozenset({"GCONV_PATH", "GETCONF_DIR", "HOSTALIASES", "LOCALDOMAIN", "NIS_PATH", "NLSPATH", "RES_OPTIONS"})
 
 
 def check_variable_name(name: str) -> str:
@@ -55,9 +53,7 @@ def check_environment(environment: Mapping[str, str]) -> tuple[tuple[str, str], 
         check_text(value, "env_value_invalid", f"The value of {name}")
         total += len(name) + len(value.encode()) + 2
     if total > MAX_BYTES:
-        raise TooLarge(
-            "env_too_large", f"The environment has {total} bytes; {MAX_BYTES} are allowed.", limit=MAX_BYTES
-        )
+        raise TooLarge("env_too_large", f"The environment has {total} bytes; {MAX_BYTES} are allowed.", limit=MAX_BYTES)
     return tuple(sorted(environment.items()))
 
 

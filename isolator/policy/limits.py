@@ -55,8 +55,6 @@ def decide_limits(request: LimitsRequest, settings: Settings, host_cpus: int) ->
         memory=_within("memory", memory, MIN_MEMORY, settings.max_memory, sizes),
         pids=_within("pids", pids, MIN_PIDS, settings.max_pids, f"{MIN_PIDS} to {settings.max_pids}"),
         disk=_within("disk", disk, MIN_DISK, settings.max_disk, disks),
-        nofile=_within(
-            "nofile", nofile, MIN_NOFILE, settings.max_nofile, f"{MIN_NOFILE} to {settings.max_nofile}"
-        ),
+        nofile=_within("nofile", nofile, MIN_NOFILE, settings.max_nofile, f"{MIN_NOFILE} to {settings.max_nofile}"),
         wall=wall,
     )

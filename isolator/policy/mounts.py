@@ -7,11 +7,11 @@ root without following links by `host.folders`, which then asks `refuse_sensitiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from isolator.model.box import WORKSPACE
 from isolator.model.errors import BadRequest, Forbidden
+from isolator.model.mount import PlannedMount
 from isolator.model.request import EnsureRequest
 
 # Neither these nor anything that contains them; below them nothing either, whatever the roots say.
@@ -30,18 +30,6 @@ RESERVED_TARGETS = tuple(
         "/sys", "/tmp", "/usr", "/var/run",
     )
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedMount:
-    """A mount whose text is allowed: `source` is `root` joined with `relative`."""
-
-    source: str
-    root: str
-    relative: str
-    target: str
-    read_only: bool
-    must_be_folder: bool
 
 
 def plan_mounts(

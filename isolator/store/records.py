@@ -21,9 +21,7 @@ def load_agent(text: str) -> Agent:
     record: dict[str, Any] = json.loads(text)
     spec, ending = record.pop("spec"), record.pop("exit")
     warnings = tuple(record.pop("warnings"))
-    return Agent(
-        spec=load_spec(spec), exit=None if ending is None else Exit(**ending), warnings=warnings, **record
-    )
+    return Agent(spec=load_spec(spec), exit=None if ending is None else Exit(**ending), warnings=warnings, **record)
 
 
 def load_spec(spec: dict[str, Any]) -> BoxSpec:

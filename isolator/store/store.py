@@ -66,9 +66,7 @@ class Store:
             try:
                 return function()
             except sqlite3.OperationalError as error:
-                raise Unavailable(
-                    "store_unavailable", f"The database can't be written or read: {error}."
-                ) from error
+                raise Unavailable("store_unavailable", f"The database can't be written or read: {error}.") from error
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)
 
@@ -239,9 +237,7 @@ class Store:
                 " WHERE state IN ('removed', 'lost') ORDER BY created_at DESC LIMIT ?)",
                 (records_kept,),
             )
-            self._connection.execute(
-                "DELETE FROM idempotency WHERE created_at < ?", (time.time() - _KEY_LIFE,)
-            )
+            self._connection.execute("DELETE FROM idempotency WHERE created_at < ?", (time.time() - _KEY_LIFE,))
 
         await self._run(prune)
 
@@ -274,16 +270,22 @@ class Store:
             ).fetchall()
         )
         return [
-            Event(id=row[0], at=row[1], type=row[2], owner=row[3], team=row[4], agent=row[5], data=json.loads(row[6]))
+            Event(
+                id=row[0],
+                at=row[1],
+                type=row[2],
+                owner=row[3],
+                team=row[4],
+                agent=row[5],
+                data=json.loads(row[6]),
+            )
             for row in rows
         ]
 
     async def last_event(self) -> int:
         """The greatest event id so far, 0 if there was none."""
         row = await self._run(
-            lambda: self._connection.execute(
-                "SELECT seq FROM sqlite_sequence WHERE name = 'event'"
-            ).fetchone()
+            lambda: self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'event'").fetchone()
         )
         return 0 if row is None else int(row[0])
 
@@ -300,8 +302,7 @@ class Store:
         """Remember a small value."""
         await self._run(
             lambda: self._connection.execute(
-                "INSERT INTO fact (name, value) VALUES (?, ?)"
-                " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                "INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
                 (name, value),
             )
         )

@@ -14,7 +14,7 @@ from isolator.backends.base import Box, BoxNetwork, BoxState, LogChunk
 from isolator.backends.docker.compare import compare
 from isolator.backends.docker.engine import Engine
 from isolator.backends.docker.networks import create_network, network_of
-from isolator.backends.docker.render import container_name, render
+from isolator.backends.docker.render import render
 from isolator.backends.docker.streams import LogStream, iterate
 from isolator.model.box import BoxSpec
 from isolator.model.errors import Conflict, NotFound, Unavailable
@@ -40,9 +40,7 @@ class DockerBackend:
     def rendered(self, spec: BoxSpec, api_version: str) -> dict[str, Any]:
         """The create call's body for a spec."""
         if spec.seccomp != self._profile.digest:
-            raise Unavailable(
-                "seccomp_changed", "The seccomp profile changed while the box was planned; try again."
-            )
+            raise Unavailable("seccomp_changed", "The seccomp profile changed while the box was planned; try again.")
         return render(spec, self._seccomp_json, api_version)
 
     async def create(self, spec: BoxSpec) -> str:
@@ -50,7 +48,7 @@ class DockerBackend:
 
         def build(client: docker.APIClient) -> str:
             wanted = self.rendered(spec, client._version)  # noqa: SLF001 - the SDK has no public name for it
-            created = client.create_container_from_config(wanted, container_name(spec))
+            created = client.create_container_from_config(wanted, spec.box_name)
             box_id = str(created["Id"])
             try:
                 compare(wanted, client.inspect_container(box_id))
@@ -108,9 +106,7 @@ class DockerBackend:
         }
         if daemon:
             labels["isolator.daemon"] = daemon
-        return await self.engine.call(
-            lambda client: create_network(client, team=team, subnet=subnet, labels=labels)
-        )
+        return await self.engine.call(lambda client: create_network(client, team=team, subnet=subnet, labels=labels))
 
     async def remove_network(self, team: str) -> None:
         """Remove the team's network if it is ours."""

@@ -50,12 +50,8 @@ def compare(wanted: dict[str, Any], found: dict[str, Any]) -> None:
         _differ("HostConfig.Runtime", "runc", host_config.get("Runtime"))
     places = sorted(mount["Target"] for mount in wanted["HostConfig"]["Mounts"])
     _equal("Mounts", places, sorted(mount["Destination"] for mount in found.get("Mounts") or []))
-    endpoints = sorted(
-        ((wanted.get("NetworkingConfig") or {}).get("EndpointsConfig") or {"none": None}).keys()
-    )
-    _equal(
-        "NetworkSettings.Networks", endpoints, sorted(found["NetworkSettings"]["Networks"] or {"none": None})
-    )
+    endpoints = sorted(((wanted.get("NetworkingConfig") or {}).get("EndpointsConfig") or {"none": None}).keys())
+    _equal("NetworkSettings.Networks", endpoints, sorted(found["NetworkSettings"]["Networks"] or {"none": None}))
 
 
 def _compare_labels(wanted: dict[str, str], found: dict[str, str]) -> None:
@@ -69,9 +65,7 @@ def _compare_labels(wanted: dict[str, str], found: dict[str, str]) -> None:
 def _plain(value: Any) -> Any:
     """The value without what is merely written differently: an absent, empty or zero field is the same."""
     if isinstance(value, dict):
-        return {
-            key: _plain(item) for key, item in sorted(value.items()) if _plain(item) not in (None, {}, [])
-        }
+        return {key: _plain(item) for key, item in sorted(value.items()) if _plain(item) not in (None, {}, [])}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if value in ("", 0, False):

@@ -39,7 +39,7 @@ def translate(error: Exception) -> IsolatorError:
     if isinstance(error, docker.errors.NotFound):
         return NotFound("engine_not_found", _explain(error))
     if isinstance(error, docker.errors.APIError):
-        if error.status_code == 409:  # noqa: PLR2004
+        if error.status_code == 409:
             return Conflict("engine_conflict", _explain(error))
         return BoxFailed("engine_refused", f"The engine refused: {_explain(error)}")
     if isinstance(error, docker.errors.DockerException | requests.exceptions.RequestException | OSError):

@@ -39,9 +39,7 @@ def create_network(client: docker.APIClient, *, team: str, subnet: str, labels: 
         if network["Name"] != name:
             continue  # the engine's filter matches parts of names
         if (network.get("Labels") or {}).get("isolator.instance") != labels["isolator.instance"]:
-            raise Conflict(
-                "network_taken", f"Another isolator or person on this engine has a network {name}."
-            )
+            raise Conflict("network_taken", f"Another isolator or person on this engine has a network {name}.")
         _check(network, subnet, client._version)  # noqa: SLF001
         return str(network["Id"])
     try:
@@ -58,9 +56,7 @@ def create_network(client: docker.APIClient, *, team: str, subnet: str, labels: 
     except docker.errors.APIError as error:
         text = str(error.explanation or "").lower()
         if "overlap" in text or "in use" in text:
-            raise Conflict(
-                "subnet_taken", f"{subnet} is in use by another network of this engine."
-            ) from error
+            raise Conflict("subnet_taken", f"{subnet} is in use by another network of this engine.") from error
         if "already exists" in text:
             raise Conflict("network_taken", f"Another network {name} appeared on this engine.") from error
         raise

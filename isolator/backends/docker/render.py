@@ -35,13 +35,6 @@ _NANO = 1_000_000_000
 _OOM_SCORE = 500
 
 
-def container_name(spec: BoxSpec) -> str:
-    """The name people see in `docker ps`: whose it is, and enough of the id to be unique."""
-    if spec.name == spec.agent:
-        return f"openclaw-{spec.team}-{spec.agent}"
-    return f"openclaw-{spec.team}-{spec.name}-{spec.agent[:6]}"
-
-
 def render(spec: BoxSpec, seccomp_json: str, api_version: str) -> dict[str, Any]:
     """The create call's body.
 

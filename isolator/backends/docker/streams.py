@@ -21,22 +21,24 @@ from isolator.backends.docker.engine import translate
 from isolator.model.errors import IsolatorError, Unavailable
 
 Item = TypeVar("Item")
-Out = TypeVar("Out", covariant=True)
+Item_co = TypeVar("Item_co", covariant=True)
 _QUEUE = 16
 _HEADER = 8
 _MAX_FRAME = 16 * 1024 * 1024
 
 
-class Closable(Protocol[Out]):
+class Closable(Protocol[Item_co]):
     """A blocking iterator that another thread may close."""
 
-    def __iter__(self) -> Iterator[Out]: ...
+    def __iter__(self) -> Iterator[Item_co]: ...
 
     def close(self) -> None:
         """Make the iterator end."""
 
 
-async def iterate(open_stream: Callable[[], Closable[Item]]) -> AsyncIterator[Item]:
+async def iterate(  # noqa: C901 - the two sides of one queue read best together
+    open_stream: Callable[[], Closable[Item]],
+) -> AsyncIterator[Item]:
     """Items of a blocking stream, opened and read on a thread of its own.
 
     Raises:
@@ -119,13 +121,11 @@ class LogStream:
             while len(buffer) >= _HEADER:
                 length = int.from_bytes(buffer[4:8], "big")
                 if length > _MAX_FRAME:
-                    raise Unavailable(
-                        "engine_unavailable", "The engine's log is not in the form it promised."
-                    )
+                    raise Unavailable("engine_unavailable", "The engine's log is not in the form it promised.")
                 if len(buffer) < _HEADER + length:
                     break
                 payload = bytes(buffer[_HEADER : _HEADER + length])
-                stream = "stderr" if buffer[0] == 2 else "stdout"  # noqa: PLR2004 - Docker's number of stderr
+                stream = "stderr" if buffer[0] == 2 else "stdout"
                 del buffer[: _HEADER + length]
                 if payload:
                     yield LogChunk("stderr" if stream == "stderr" else "stdout", payload)

@@ -1,1 +1,1 @@
-"""What `doctor` looks at: each module one part of the host, each function findings, none of them an exception."""
+"""What `doctor` looks at: each module one part of the host; what can't be looked at is a finding too."""

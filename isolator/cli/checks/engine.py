@@ -87,9 +87,7 @@ def _versions(version: dict[str, Any]) -> list[Finding]:
         old = True
     if old:
         needed = ".".join(str(part) for part in _OLDEST_API)
-        return [
-            Finding("engine", "broken", f"{said}: older than {needed}", "upgrade to Docker 20.10 or newer")
-        ]
+        return [Finding("engine", "broken", f"{said}: older than {needed}", "upgrade to Docker 20.10 or newer")]
     return [Finding("engine", "ok", f"{said} ({parts})")]
 
 
@@ -129,16 +127,13 @@ def _hardening(engine: dict[str, Any]) -> list[Finding]:
     options = [str(option) for option in engine.get("SecurityOptions") or ()]
     findings = []
     if any(option.startswith(("name=userns", "name=rootless")) for option in options):
-        findings.append(
-            Finding("user namespaces", "ok", "the engine maps the box's users to unprivileged ones")
-        )
+        findings.append(Finding("user namespaces", "ok", "the engine maps the box's users to unprivileged ones"))
     else:
         findings.append(
             Finding(
                 "user namespaces",
                 "weak",
-                "a box's uid is the same uid on the host; it is never root, but an escape would meet that "
-                "user's files",
+                "a box's uid is the same uid on the host; it is never root, but an escape would meet that user's files",
                 "where workspaces allow it, set userns-remap in the engine's daemon.json",
             )
         )
@@ -154,9 +149,7 @@ def _hardening(engine: dict[str, Any]) -> list[Finding]:
             )
         )
     if engine.get("LiveRestoreEnabled") is True:
-        findings.append(
-            Finding("engine restart", "ok", "agents outlive a restart of the engine (live-restore)")
-        )
+        findings.append(Finding("engine restart", "ok", "agents outlive a restart of the engine (live-restore)"))
     else:
         findings.append(
             Finding(

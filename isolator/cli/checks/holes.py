@@ -1,7 +1,7 @@
 """Known holes in the engine's parts, told by version number.
 
-A number says little: distributions repair without changing it, and the text says so. What isolator does about each
-stands beside it, so that a reader knows which ones still need hands.
+A number says little: distributions repair without changing it, and the text says so. What isolator does about
+each stands beside it, so that a reader knows which ones still need hands.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _BY_VERSION: Final = " By version only; distributions patch without changing the
 class Hole:
     """One hole (or several with one cure).
 
-    repaired: first version without it, for each line of releases, oldest line first. A version older than the first,
-    or in a later line but before its repair, has the hole.
+    repaired: first version without it, for each line of releases, oldest line first. A version older than the
+    first, or in a later line but before its repair, has the hole.
     closed: isolator itself leaves no way to it.
     """
 

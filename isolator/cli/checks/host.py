@@ -57,9 +57,7 @@ def _profile() -> Finding:
         profile = load_profile()
     except IsolatorError as error:
         return Finding("seccomp profile", "broken", error.detail, "reinstall isolator")
-    return Finding(
-        "seccomp profile", "ok", f"our own list of allowed calls is whole ({len(profile.groups)} groups)"
-    )
+    return Finding("seccomp profile", "ok", f"our own list of allowed calls is whole ({len(profile.groups)} groups)")
 
 
 def _cgroups() -> Finding:
@@ -84,9 +82,7 @@ def _user_namespaces() -> Finding:
             "ok",
             "off; a Docker box does not need them, a sandbox without Docker would",
         )
-    return Finding(
-        "user namespaces (kernel)", "ok", f"on (up to {limit.strip()}); agents can't make any: seccomp"
-    )
+    return Finding("user namespaces (kernel)", "ok", f"on (up to {limit.strip()}); agents can't make any: seccomp")
 
 
 def check_folders(facts: Facts) -> list[Finding]:
@@ -103,9 +99,7 @@ def check_folders(facts: Facts) -> list[Finding]:
 def _state(folder: Path) -> list[Finding]:
     facts = _stat(folder)
     if facts is None:
-        return [
-            Finding("state", "weak", f"{folder} is not there yet", "the daemon makes it at its first start")
-        ]
+        return [Finding("state", "weak", f"{folder} is not there yet", "the daemon makes it at its first start")]
     if facts.st_uid not in (0, os.geteuid()) or facts.st_mode & 0o022:
         return [
             Finding(
@@ -133,9 +127,7 @@ def _state(folder: Path) -> list[Finding]:
 def _runtime(folder: Path) -> list[Finding]:
     facts = _stat(folder)
     if facts is None:
-        return [
-            Finding("runtime", "weak", f"{folder} is not there yet", "the daemon makes it at its first start")
-        ]
+        return [Finding("runtime", "weak", f"{folder} is not there yet", "the daemon makes it at its first start")]
     if facts.st_uid not in (0, os.geteuid()) or facts.st_mode & 0o022:
         return [
             Finding(

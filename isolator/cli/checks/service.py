@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from isolator.cli.checks.engine import image_present
-from isolator.cli.checks.finding import Facts, Finding
+from isolator.cli.checks.finding import Facts, Finding, Level
 from isolator.client import Client, IsolatorClientError, SocketNotFound
 from isolator.settings import Settings
 
@@ -70,9 +70,7 @@ def unanswered(error: IsolatorClientError) -> Finding:
     """The finding for a daemon that gave no info."""
     if isinstance(error, SocketNotFound) and not error.path.exists():
         return Finding("daemon", "weak", "not running", "systemctl start isolator, or: isolator daemon")
-    return Finding(
-        "daemon", "broken", f"does not answer: {error.detail}", "see its log: journalctl -u isolator"
-    )
+    return Finding("daemon", "broken", f"does not answer: {error.detail}", "see its log: journalctl -u isolator")
 
 
 def check_daemon(facts: Facts) -> list[Finding]:
@@ -82,8 +80,7 @@ def check_daemon(facts: Facts) -> list[Finding]:
         return []
     said = f"version {found.version}, instance {found.instance}, backend {found.backend}, answers"
     findings = [Finding("daemon", "ok", said)]
-    for each in found.degraded:
-        findings.append(Finding("daemon", "weak", str(each.get("detail") or each.get("code")), None))
+    findings += [Finding("daemon", "weak", str(each.get("detail") or each.get("code"))) for each in found.degraded]
     return [*findings, _network(facts)]
 
 
@@ -95,9 +92,7 @@ def _network(facts: Facts) -> Finding:
         meaning = f"self-test passed ({len(checks)} attempts to get out, {network.get('checked_at')})"
         return Finding("network", "ok", meaning)
     if status == "pending":
-        return Finding(
-            "network", "weak", "self-test under way; networked agents wait for it", "ask again shortly"
-        )
+        return Finding("network", "weak", "self-test under way; networked agents wait for it", "ask again shortly")
     failed = "; ".join(f"{each.get('name')}: {each.get('detail')}" for each in checks if not each.get("held"))
     why = failed or str(network.get("reason") or "no reason given")
     return Finding(
@@ -123,10 +118,8 @@ def check_images(facts: Facts) -> list[Finding]:
         findings.append(Finding("images", "broken", f"the default image {wanted} is not pinned", build))
     for name, present in known.items():
         if present is False:
-            level = "broken" if name == wanted.removesuffix(":latest") else "weak"
-            findings.append(
-                Finding("images", level, f"{name} is pinned, but the engine does not have it", build)
-            )
+            level: Level = "broken" if name == wanted.removesuffix(":latest") else "weak"
+            findings.append(Finding("images", level, f"{name} is pinned, but the engine does not have it", build))
     unknown = [name for name, present in known.items() if present is None]
     if unknown:
         findings.append(Finding("images", "weak", f"pinned; on the engine? not known: {', '.join(unknown)}"))
@@ -155,12 +148,12 @@ def _known_images(facts: Facts) -> dict[str, bool | None]:
 
 def check_record(facts: Facts, client: Client) -> list[Finding]:
     """Whether the audit log is whole: the daemon's word, or read here where it is not running."""
-    mend = "keep a copy, find out who had root here, see docs/audit in the handbook"
+    mend = "keep a copy of the folder, and find out who could write there"
     if facts.daemon is not None:
         try:
             state = client.verify_audit()
         except IsolatorClientError as error:
-            level = "weak" if getattr(error, "status", 0) in (403, 404) else "broken"
+            level: Level = "weak" if getattr(error, "status", 0) in (403, 404) else "broken"
             return [Finding("audit log", level, f"not verified: {error.detail}", "run doctor as root")]
         if state.ok:
             return [Finding("audit log", "ok", f"whole: {state.entries} entries")]

@@ -15,7 +15,7 @@ from isolator.backends.docker.engine import Engine
 from isolator.images.inspect import check_foreign_image
 from isolator.images.lock import read_lock
 from isolator.model.errors import Forbidden, NotFound
-from isolator.policy.compile import ImageFacts
+from isolator.model.image import ImageFacts
 
 _log = logging.getLogger(__name__)
 _OUR_PYTHON = "/usr/bin/python3"
@@ -81,9 +81,7 @@ class ImageResolver:
             ) from None
         return str(found["Id"])
 
-    async def _facts(
-        self, reference: str, digest: str, *, ours: bool
-    ) -> tuple[str, tuple[tuple[str, str], ...]]:
+    async def _facts(self, reference: str, digest: str, *, ours: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
         if digest in self._known:
             return self._known[digest]
         async with self._checking.setdefault(digest, asyncio.Lock()):
@@ -138,14 +136,10 @@ def _refuse_tricks(reference: str, config: dict[str, Any]) -> None:
     names = (str(item).partition("=")[0] for item in config.get("Env") or [])
     for name in names:
         if name.startswith(("LD_", "GLIBC_")):
-            raise Forbidden(
-                "image_unsafe", f"{reference} sets {name}, which steers the loader.", image=reference
-            )
+            raise Forbidden("image_unsafe", f"{reference} sets {name}, which steers the loader.", image=reference)
     for label in config.get("Labels") or {}:
         if str(label).startswith(("openclaw.", "isolator.")) and label not in (
             "isolator.image",
             "isolator.recipe",
         ):
-            raise Forbidden(
-                "image_unsafe", f"{reference} carries the label {label}, which is ours.", image=reference
-            )
+            raise Forbidden("image_unsafe", f"{reference} carries the label {label}, which is ours.", image=reference)
