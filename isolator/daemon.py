@@ -107,7 +107,7 @@ class Daemon:
         except AuditLogDamaged as error:
             raise Unavailable(
                 "audit_damaged",
-                f"{error}. Nothing is served until an operator looked: isolator audit verify; then move the folder away.",
+                f"{error}. Nothing is served until an operator looked (isolator audit verify) and moved it away.",
             ) from error
         except BlockingIOError as error:
             raise Unavailable("state_in_use", f"Another daemon uses {settings.state_dir}.") from error
@@ -256,8 +256,9 @@ class Daemon:
         task.add_done_callback(lambda done: self._tasks.remove(done) if done in self._tasks else None)
 
     async def _keep_watchdog(self) -> None:
-        """Answer systemd's watchdog only while loop and engine do. An engine that is known to be down is reported,
-        not a reason to be killed: being restarted would not bring it back.
+        """Answer systemd's watchdog only while loop and engine do.
+
+        An engine that is known to be down is reported, no reason to be killed: a restart would not bring it back.
         """
         interval = systemd.watchdog_interval()
         if interval is None:

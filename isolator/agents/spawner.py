@@ -9,6 +9,7 @@ who hangs up included, leaves nothing behind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from isolator.agents.builder import BoxBuilder, Secrets
 from isolator.agents.channel import create_folder
@@ -86,6 +88,8 @@ class Spawner:
         self._proof = proof
         self._guarantees = guarantees
         self._under_way: dict[str, asyncio.Task[Agent]] = {}
+        self._abandoning: set[asyncio.Task[None]] = set()
+        self._made_teams: dict[str, Team] = {}
         self._keys: dict[tuple[str, str], asyncio.Task[Agent]] = {}
         self._ensuring: dict[tuple[str, str], asyncio.Lock] = {}
         self._roots = [PurePosixPath(os.path.realpath(root)) for root in settings.workspace_roots]
@@ -180,14 +184,15 @@ class Spawner:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            if not task.done() or not task.exception():
-                abandoning = asyncio.create_task(self._abandon(agent_id, task))
-                self._under_way[agent_id + "-"] = abandoning  # type: ignore[assignment]
-                abandoning.add_done_callback(lambda _: self._forget(agent_id + "-", None))
+            abandoning = asyncio.create_task(self._abandon(agent_id, task))
+            self._abandoning.add(abandoning)
+            abandoning.add_done_callback(self._abandoning.discard)
             raise
 
     def _forget(self, agent_id: str, key: tuple[str, str, str] | None) -> None:
         self._under_way.pop(agent_id, None)
+        # Kept one turn of the loop longer than the task, for a caller who hung up at its very end.
+        asyncio.get_running_loop().call_soon(self._made_teams.pop, agent_id, None)
         if key is not None:
             self._keys.pop((key[0], key[1]), None)
 
@@ -195,14 +200,23 @@ class Spawner:
         """The caller hung up and will never learn the id: undo the spawn."""
         await asyncio.wait({task})
         live = self._lifecycle.find(agent_id)
-        if live is not None and not task.cancelled() and task.exception() is None:
-            live.detail = "Its caller hung up before it was told."
+        if live is None or task.cancelled() or task.exception() is not None:
+            return
+        live.detail = "Its caller hung up before it was told."
+        with contextlib.suppress(IsolatorError):
             await self._lifecycle.stop(live, None, 0.0)
+        await self._undo_team(self._made_teams.pop(agent_id, None))
 
     async def settle(self, timeout: float) -> None:
         """Wait for the spawns under way, at most `timeout` seconds."""
-        if self._under_way:
-            await asyncio.wait(set(self._under_way.values()), timeout=timeout)
+        work: set[asyncio.Task[Any]] = {*self._under_way.values(), *self._abandoning}
+        if work:
+            await asyncio.wait(work, timeout=timeout)
+
+    async def _undo_team(self, team: Team | None) -> None:
+        if team is not None and not any(live.record.spec.team == team.id for live in self._lifecycle.live()):
+            with contextlib.suppress(IsolatorError):
+                await self._teams.unmake(team)
 
     async def _spawn(
         self,
@@ -216,18 +230,22 @@ class Spawner:
         try:
             async with asyncio.timeout(self._settings.spawn_timeout):
                 refuse_unbuilt(request)
-                if name is not None:
-                    check_name(name, "name")
-                team = await self._teams.resolve(team_id, caller, create=request.create_team)
-                async with self._teams.using(team.id):
-                    spec, held = await self._plan(team, name, request, caller, agent_id)
-                    try:
-                        secrets = await asyncio.to_thread(self._secrets, request, spec, caller)
-                        if spec.network == "team":
-                            await self._proof.require(self._settings.network_proof_timeout)
+                # Every refusal comes before anything is made, the team included.
+                team = self._teams.planned(team_id, caller, create=request.create_team)
+                spec, held = await self._plan(team, name, request, caller, agent_id)
+                try:
+                    secrets = await asyncio.to_thread(self._secrets, request, spec, caller) if request.secrets else ()
+                    if spec.network == "team":
+                        await self._proof.require(self._settings.network_proof_timeout)
+                    if await self._teams.realise(team, caller):
+                        self._made_teams[agent_id] = team
+                    async with self._teams.using(team.id):
                         return await self._build(spec, held, secrets, caller, key)
-                    finally:
-                        close_all(held)
+                except BaseException:
+                    await asyncio.shield(self._undo_team(self._made_teams.pop(agent_id, None)))
+                    raise
+                finally:
+                    close_all(held)
         except TimeoutError:
             raise Unavailable(
                 "spawn_timeout",

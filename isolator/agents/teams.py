@@ -126,13 +126,39 @@ class Teams:
         self._reserved.add(subnet)
         return subnet
 
-    async def resolve(self, team_id: str, caller: Principal, *, create: bool) -> Team:
-        """The team of a spawn, created if it is absent and `create`."""
+    def planned(self, team_id: str, caller: Principal, *, create: bool) -> Team:
+        """The team a spawn is planned for: the one that exists, or, with `create`, the one that would be made.
+
+        Raises:
+            BadRequest: `name_invalid`. NotFound: `team_not_found`.
+        """
         check_name(team_id, "team")
         if team_id not in self._teams and create:
-            with contextlib.suppress(Conflict):
-                return await self.create(team_id, caller)
+            return Team(team_id, caller.owner, "", 0.0)
         return self.get(team_id, caller)
+
+    async def realise(self, team: Team, caller: Principal) -> bool:
+        """Create a planned team that does not exist yet; True if this very call made it."""
+        created = False
+        if team.id not in self._teams:
+            try:
+                await self.create(team.id, caller)
+                created = True
+            except Conflict as conflict:
+                if conflict.code != "team_exists":
+                    raise
+        if self.get(team.id, caller).owner != team.owner:
+            raise Conflict("team_exists", f"A team {team.id} of another user appeared meanwhile.")
+        return created
+
+    async def unmake(self, team: Team) -> None:
+        """Delete again a team that was made for a spawn that failed, if nobody else uses it by now."""
+        if team.id not in self._teams or self._users[team.id]:
+            return
+        intent = await self._audit.intent("team.delete", None, team=team.id)
+        async with self.deleting(team):
+            await self.forget(team)
+        await self._audit.outcome(intent, "team.delete", "undone", team=team.id)
 
     @contextlib.asynccontextmanager
     async def using(self, team_id: str) -> AsyncIterator[None]:

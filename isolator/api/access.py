@@ -78,6 +78,7 @@ class Admin:
 
     async def check(self, request: web.Request, caller: Principal) -> None:
         """Raises Forbidden: `admin_only`."""
+        del request
         if not caller.is_admin:
             raise Forbidden("admin_only", f"uid {caller.uid} is no admin of this daemon (setting admin_uids).")
 

@@ -78,12 +78,21 @@ def exit_code(agent: Agent) -> int:
             "wall": "its wall time was over",
             "ttl": "its time to live was over",
         }
-        note(f"isolator: agent {agent.id} was ended: {ended.detail or why[ended.reason]} ({ended.reason}).")
+        detail = (ended.detail or why[ended.reason]).rstrip(".")
+        note(f"isolator: agent {agent.id} was ended: {detail} ({ended.reason}).")
         return told or _KILLED
     if ended.reason == "killed":
-        note(f"isolator: agent {agent.id} was stopped{': ' + ended.detail if ended.detail else '.'}")
+        by = _signal_name(ended.signal) if ended.signal else "force"
+        note(f"isolator: agent {agent.id} was ended by {by}." + (f" {ended.detail}" if ended.detail else ""))
         return told or _KILLED
     return _KILLED if told is None else told
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _copy(client: Client, agent: Agent) -> None:

@@ -32,10 +32,10 @@ def _describe(found: Info) -> str:
     )
     caller = found.caller
     admin = " (admin: sees and may do everything)" if caller.get("admin") else ""
+    defaults = found.limits.get("defaults")
     limits = ", ".join(
         f"{key} {format_size(value) if key in ('memory', 'disk') and isinstance(value, int) else value}"
-        for key, value in found.limits.items()
-        if value is not None
+        for key, value in (defaults if isinstance(defaults, dict) else {}).items()
     )
     network = found.network
     status = " ".join(str(network.get(key) or "") for key in ("status", "checked_at", "reason")).strip()

@@ -70,8 +70,6 @@ def spawn(run: Session, /, command: tuple[str, ...], **given: Any) -> None:
     With --wait, exits as the agent did (128+N if a signal ended it), and Ctrl-C stops the agent.
     """
     options = _options(given)
-    if given["skills"] and "network" not in options:
-        note("isolator: with skills and no --network, the daemon decides which network the agent gets.")
     with run.client() as client:
         with Progress(f"starting an agent in team {given['team']}", enabled=not run.json):
             agent = client.spawn(

@@ -181,7 +181,7 @@ class Info:
 
     engine: version, api_version, components (name, version), kernel;
     network: status, checked_at, checks, reason;
-    caller: uid, owner, admin; limits: what an agent gets by default; counts: agents, teams.
+    caller: uid, owner, admin; limits: defaults, most; counts: agents, teams.
     """
 
     version: str

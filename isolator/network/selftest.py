@@ -122,7 +122,7 @@ class NetworkProof:
             raise Unavailable(
                 "network_unproven",
                 "This engine's networks are not shown to be closed, so no agent gets one: "
-                f"{self.result.reason or 'the self-test has not ended'}. Spawn with network none, or ask isolator doctor.",
+                f"{self.result.reason or 'the self-test has not ended'}. Spawn with network none meanwhile.",
                 status_of_proof=self.result.status,
                 retry_after=5,
             )

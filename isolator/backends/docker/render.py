@@ -21,10 +21,11 @@ from isolator.model.box import GUEST_DIR, BoxSpec
 
 # What the engine masks by default differs by version; this is the union, and it is sent, not hoped for.
 MASKED_PATHS = [
-    "/proc/acpi", "/proc/asound", "/proc/bus/pci", "/proc/cmdline", "/proc/interrupts", "/proc/kcore", "/proc/key-users",
-    "/proc/keys", "/proc/kpagecount", "/proc/kpageflags", "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi",
-    "/proc/timer_list", "/proc/timer_stats", "/proc/vmallocinfo", "/proc/zoneinfo", "/sys/class", "/sys/devices/virtual",
-    "/sys/firmware", "/sys/fs/bpf", "/sys/fs/cgroup", "/sys/kernel", "/sys/module",
+    "/proc/acpi", "/proc/asound", "/proc/bus/pci", "/proc/cmdline", "/proc/interrupts", "/proc/kcore",
+    "/proc/key-users", "/proc/keys", "/proc/kpagecount", "/proc/kpageflags", "/proc/latency_stats",
+    "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/proc/vmallocinfo",
+    "/proc/zoneinfo", "/sys/class", "/sys/devices/virtual", "/sys/firmware", "/sys/fs/bpf", "/sys/fs/cgroup",
+    "/sys/kernel", "/sys/module",
 ]  # fmt: skip
 READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 

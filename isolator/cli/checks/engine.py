@@ -134,7 +134,7 @@ def _hardening(engine: dict[str, Any]) -> list[Finding]:
                 "user namespaces",
                 "weak",
                 "a box's uid is the same uid on the host; it is never root, but an escape would meet that user's files",
-                "where workspaces allow it, set userns-remap in the engine's daemon.json",
+                "give workspaces owners that can do little else; userns-remap of the engine is not supported yet",
             )
         )
     if any(option.startswith(("name=apparmor", "name=selinux")) for option in options):
