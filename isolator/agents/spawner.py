@@ -89,7 +89,6 @@ class Spawner:
         self._guarantees = guarantees
         self._under_way: dict[str, asyncio.Task[Agent]] = {}
         self._abandoning: set[asyncio.Task[None]] = set()
-        self._made_teams: dict[str, Team] = {}
         self._keys: dict[tuple[str, str], asyncio.Task[Agent]] = {}
         self._ensuring: dict[tuple[str, str], asyncio.Lock] = {}
         self._roots = [PurePosixPath(os.path.realpath(root)) for root in settings.workspace_roots]
@@ -191,8 +190,6 @@ class Spawner:
 
     def _forget(self, agent_id: str, key: tuple[str, str, str] | None) -> None:
         self._under_way.pop(agent_id, None)
-        # Kept one turn of the loop longer than the task, for a caller who hung up at its very end.
-        asyncio.get_running_loop().call_soon(self._made_teams.pop, agent_id, None)
         if key is not None:
             self._keys.pop((key[0], key[1]), None)
 
@@ -205,7 +202,7 @@ class Spawner:
         live.detail = "Its caller hung up before it was told."
         with contextlib.suppress(IsolatorError):
             await self._lifecycle.stop(live, None, 0.0)
-        await self._undo_team(self._made_teams.pop(agent_id, None))
+        await self._undo_team(live.made_team)
 
     async def settle(self, timeout: float) -> None:
         """Wait for the spawns under way, at most `timeout` seconds."""
@@ -227,6 +224,7 @@ class Spawner:
         caller: Principal,
         key: tuple[str, str, str] | None,
     ) -> Agent:
+        made_team: Team | None = None
         try:
             async with asyncio.timeout(self._settings.spawn_timeout):
                 refuse_unbuilt(request)
@@ -238,11 +236,13 @@ class Spawner:
                     if spec.network == "team":
                         await self._proof.require(self._settings.network_proof_timeout)
                     if await self._teams.realise(team, caller):
-                        self._made_teams[agent_id] = team
+                        made_team = team
                     async with self._teams.using(team.id):
-                        return await self._build(spec, held, secrets, caller, key)
+                        live = await self._build(spec, held, secrets, caller, key)
+                        live.made_team = made_team
+                        return live.record
                 except BaseException:
-                    await asyncio.shield(self._undo_team(self._made_teams.pop(agent_id, None)))
+                    await asyncio.shield(self._undo_team(made_team))
                     raise
                 finally:
                     close_all(held)
@@ -304,7 +304,7 @@ class Spawner:
         secrets: Secrets,
         caller: Principal,
         key: tuple[str, str, str] | None,
-    ) -> Agent:
+    ) -> LiveAgent:
         if await self._store.count_live() >= self._settings.max_agents:
             raise TooMany(
                 "agents_exhausted",
@@ -342,7 +342,7 @@ class Spawner:
             image=spec.image,
         )
         self._lifecycle.schedule(live)
-        return live.record
+        return live
 
     async def _run(self, record: Agent, held: Sequence[HeldFolder], secrets: Secrets) -> LiveAgent:
         spec, live = record.spec, LiveAgent(record)
