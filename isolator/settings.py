@@ -190,6 +190,15 @@ class Settings(BaseSettings):
             raise ValueError("subnet_pool must be a private range")
         return self
 
+    @model_validator(mode="after")
+    def _defaults_fit(self) -> Settings:
+        for name in ("memory", "pids", "disk", "nofile"):
+            if getattr(self, f"default_{name}") > getattr(self, f"max_{name}"):
+                raise ValueError(f"default_{name} must not be more than max_{name}: every plain spawn would be refused")
+        if self.default_ttl is not None and self.max_ttl is not None and self.default_ttl > self.max_ttl:
+            raise ValueError("default_ttl must not be more than max_ttl: every plain spawn would be refused")
+        return self
+
     @property
     def socket_path(self) -> Path:
         """The API's socket."""

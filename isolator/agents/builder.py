@@ -18,7 +18,7 @@ from typing import Any
 from isolator.agents.channel import Channel, Hello, StartFailure, remove_folder
 from isolator.backends.base import Backend
 from isolator.host.folders import HeldFolder, check_mounts_inside, stage, unstage
-from isolator.host.processes import check_confinement
+from isolator.host.processes import check_confinement, check_limits
 from isolator.model.box import BoxSpec
 from isolator.model.errors import BadRequest, BoxFailed
 
@@ -90,6 +90,7 @@ class BoxBuilder:
         pending.append(starting)
         hello = await self._await_guest(box_id, channel, starting)
         check_confinement(hello.pid, spec)
+        check_limits(hello.pid, spec)
         check_mounts_inside(spec, hello.pid)
         started = await asyncio.wait_for(channel.release(secrets), _GUEST_TIMEOUT)
         if isinstance(started, StartFailure):

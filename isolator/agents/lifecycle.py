@@ -178,8 +178,7 @@ class Lifecycle:
 
     async def _record_end(self, live: LiveAgent, ending: Exit) -> None:
         state = "lost" if ending.reason == "lost" else "exited"
-        live.record = live.record.changed(state=state, exit=ending, finished_at=time.time(), pid=None)
-        await self._store.save_agent(live.record)
+        await self._become(live, state=state, exit=ending, finished_at=time.time(), pid=None)
         await self._audit.note(
             "agent.end",
             None,
@@ -272,8 +271,7 @@ class Lifecycle:
     async def _end_by_request(self, live: LiveAgent, grace: float) -> None:
         live.cause = live.cause or "killed"
         live.detail = live.detail or "It was stopped."
-        live.record = live.record.changed(state="stopping")
-        await self._store.save_agent(live.record)
+        await self._become(live, state="stopping")
         if grace > 0 and live.channel is not None and await live.channel.signal(signal.SIGTERM):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(live.reported.wait(), grace)
@@ -287,8 +285,7 @@ class Lifecycle:
         await self._builder.discard(record.id)
         ending = record.exit or self._removed_exit(live)
         finished = record.finished_at or time.time()
-        live.record = record.changed(state="removed", exit=ending, finished_at=finished, pid=None)
-        await self._store.save_agent(live.record)
+        await self._become(live, state="removed", exit=ending, finished_at=finished, pid=None)
         await self._store.prune(self._records_kept)
         self._live.pop(record.id, None)
         live.ended.set()
@@ -299,6 +296,12 @@ class Lifecycle:
         if live.report is not None:
             return decide_exit(live.report, None, live.cause or "killed", live.detail)
         return Exit(128 + signal.SIGKILL, signal.SIGKILL, live.cause or "killed", live.detail)
+
+    async def _become(self, live: LiveAgent, **changes: Any) -> None:
+        """Change a record: on disk first, so that what is in memory was never merely hoped for."""
+        changed = live.record.changed(**changes)
+        await self._store.save_agent(changed)
+        live.record = changed
 
     # telling
 

@@ -109,12 +109,15 @@ class Spawner:
         if not 0 < len(key) <= MAX_KEY or not key.isprintable():
             raise BadRequest("idempotency_key_invalid", f"Idempotency-Key must be 1 to {MAX_KEY} printable characters.")
         digest = _request_digest(request)
-        earlier = self._keys.get((caller.owner, key))
-        if earlier is not None:
-            await asyncio.wait({earlier})
-        known = await self._store.idempotent(caller.owner, key)
-        if known is not None:
-            return await self._first_answer(known, digest)
+        while True:
+            if (earlier := self._keys.get((caller.owner, key))) is not None:
+                await asyncio.wait({earlier})
+            known = await self._store.idempotent(caller.owner, key)
+            if known is not None:
+                return await self._first_answer(known, digest)
+            # While the store was asked, another request may have begun under the key: then wait for that one.
+            if (caller.owner, key) not in self._keys:
+                break
         return await self._start(request.team, request.name, request, caller, (caller.owner, key, digest))
 
     async def _first_answer(self, known: tuple[str, str], digest: str) -> Agent:

@@ -87,8 +87,10 @@ class _MethodRefused(IsolatorError):
 
 def _of_http(error: web.HTTPException, request: web.Request) -> IsolatorError:
     if isinstance(error, web.HTTPMethodNotAllowed):
-        allowed = ", ".join(sorted(error.allowed_methods))
-        return _MethodRefused("method_not_allowed", f"{request.method} is not for this path; {allowed} are.")
+        allowed = sorted(error.allowed_methods)
+        return _MethodRefused(
+            "method_not_allowed", f"{request.method} is not for this path; {', '.join(allowed)} are.", allowed=allowed
+        )
     if isinstance(error, web.HTTPNotFound):
         return NotFound("route_not_found", "There is no such path. GET /v1/openapi.json lists them.")
     problem = IsolatorError("http_error", error.reason)
@@ -116,6 +118,7 @@ class ApiServer:
             handler_cancellation=True,
             keepalive_timeout=parts.settings.request_timeout,
             shutdown_timeout=_SHUTDOWN,
+            auto_decompress=False,
         )
         self._servers: list[asyncio.Server] = []
 

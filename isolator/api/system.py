@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
@@ -16,11 +17,13 @@ from isolator.api.metrics import CONTENT_TYPE
 from isolator.api.parts import PARTS, Parts
 from isolator.api.wire import json_answer, query_flag, query_number, query_text
 from isolator.audit.reading import Query, search, verify
+from isolator.model.agent import timestamp
 from isolator.model.errors import BadRequest, TooMany
 from isolator.model.identity import Principal
 
 MOST_ENTRIES = 10_000
 _MOST_EVENT = 2**53
+_MOST_DIGITS = 20
 
 
 async def info(request: web.Request) -> web.StreamResponse:
@@ -154,7 +157,7 @@ async def _resume_point(request: web.Request, parts: Parts) -> int:
     text = request.headers.get("Last-Event-ID") or query_text(request, "after")
     if text is None:
         return await parts.events.last() if query_flag(request, "follow", default=True) else 0
-    if not text.isascii() or not text.isdigit() or int(text[:20]) > _MOST_EVENT:
+    if not text.isascii() or not text.isdigit() or len(text) > _MOST_DIGITS or int(text) > _MOST_EVENT:
         raise BadRequest("invalid_query", "Last-Event-ID must be the id of an event.")
     return int(text)
 
@@ -171,11 +174,25 @@ async def audit_search(request: web.Request) -> web.StreamResponse:
         actor=actor,
         team=query_text(request, "team"),
         agent=query_text(request, "agent"),
-        since=query_text(request, "since"),
-        until=query_text(request, "until"),
+        since=_moment(request, "since"),
+        until=_moment(request, "until"),
         limit=100 if limit is None else int(limit),
     )
     return json_answer({"items": await asyncio.to_thread(search, parts.audit.path, query), "next": None})
+
+
+def _moment(request: web.Request, name: str) -> str | None:
+    """A query parameter that names a moment, as the log writes moments."""
+    text = query_text(request, name)
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+        return timestamp((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError):
+        raise BadRequest(
+            "invalid_query", f"?{name}= must be a moment such as 2030-01-31T12:00:00Z (RFC 3339)."
+        ) from None
 
 
 async def audit_verify(request: web.Request) -> web.StreamResponse:

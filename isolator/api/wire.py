@@ -33,13 +33,17 @@ def json_answer(body: Any, status: int = 200, headers: dict[str, str] | None = N
 
 
 def problem_answer(error: IsolatorError) -> web.Response:
-    """A problem+json response, with Retry-After where a retry makes sense."""
+    """A problem+json response, with Retry-After where a retry makes sense and Allow where a method is not."""
     retry = error.fields.get("retry_after")
+    allowed = error.fields.get("allowed")
+    headers = {} if retry is None else {"Retry-After": str(retry)}
+    if isinstance(allowed, list):
+        headers["Allow"] = ", ".join(allowed)
     return web.Response(
         body=json.dumps(error.problem()).encode(),
         status=error.status,
         content_type="application/problem+json",
-        headers={"Retry-After": str(retry)} if retry is not None else None,
+        headers=headers,
     )
 
 
@@ -48,8 +52,11 @@ async def read_model(request: web.Request, model: type[Model], timeout: float) -
 
     Raises:
         TooLarge: `body_too_large`. RequestTimeout: `request_timeout`.
-        BadRequest: `invalid_json`, `unknown_field`, `invalid_request`.
+        BadRequest: `encoding_unsupported`, `invalid_json`, `unknown_field`, `invalid_request`.
     """
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise BadRequest("encoding_unsupported", "Bodies are read as they are: send it without Content-Encoding.")
     try:
         body = await asyncio.wait_for(request.read(), timeout)
     except TimeoutError:

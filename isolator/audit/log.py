@@ -126,9 +126,10 @@ class AuditLog:
                 continue
             try:
                 self._write([record for record, _ in waiting])
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, everybody who waits must hear of it
+                reason = getattr(error, "strerror", None) or type(error).__name__
                 for _, done in waiting:
-                    done.set_exception(_unavailable(error.strerror or "input/output error"))
+                    done.set_exception(_unavailable(reason))
             else:
                 for _, done in waiting:
                     done.set_result(None)
@@ -177,12 +178,23 @@ class AuditLog:
         os.fsync(self._descriptor)
         return leaf_hash(torn)
 
+    def _noted(self) -> tuple[int, str] | None:
+        """Number and hash the head file speaks of; None for a new one."""
+        text = os.pread(self._head_descriptor, 256, 0)
+        if not text:
+            return None
+        try:
+            number, digest, _ = text.split()
+            return int(number), digest.decode("ascii")
+        except ValueError as error:
+            raise AuditLogDamaged(f"{self._head_path} is not what isolator wrote there") from error
+
     def _read_head(self) -> Head:
         size = os.fstat(self._descriptor).st_size
-        noted = os.pread(self._head_descriptor, 256, 0).split()
+        noted = self._noted()
         if size == 0:
-            if noted and int(noted[0]) > 0:
-                raise AuditLogDamaged(f"{self.path} is empty but had {int(noted[0])} entries")
+            if noted is not None and noted[0] > 0:
+                raise AuditLogDamaged(f"{self.path} is empty but had {noted[0]} entries")
             return Head(0, GENESIS, 0)
         start = _after_last_newline(self._descriptor, size - 1)
         line = os.pread(self._descriptor, size - start, start).rstrip(b"\n")
@@ -193,8 +205,8 @@ class AuditLog:
         except (ValueError, KeyError, TypeError) as error:
             raise AuditLogDamaged(f"the last line of {self.path} is no audit entry") from error
         head = Head(sequence, leaf_hash(line), size)
-        if noted:
-            noted_sequence, noted_hash = int(noted[0]), noted[1].decode()
+        if noted is not None:
+            noted_sequence, noted_hash = noted
             if sequence < noted_sequence or (sequence == noted_sequence and head.hash != noted_hash):
                 raise AuditLogDamaged(
                     f"{self.path} ends at entry {sequence}, but {noted_sequence} were written: it was cut or edited"

@@ -11,6 +11,8 @@ from isolator.model.errors import BoxFailed
 
 _CAPABILITY_FIELDS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 SECCOMP_FILTER = "2"
+# The kernel counts whole microseconds of a period of 100,000.
+_CPU_ROUNDING = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,45 @@ def check_confinement(pid: int, spec: BoxSpec) -> None:
     beyond = [line.split()[-1] for line in inet6.splitlines() if line.split()[-1] != "lo"]
     if beyond:
         raise BoxFailed("box_mismatch", f"IPv6 is on at {', '.join(beyond)}.", field="IPv6")
+
+
+def check_limits(pid: int, spec: BoxSpec) -> None:
+    """Compare the caps in the kernel's own cgroup files with the spec: an engine may ignore what it was asked.
+
+    Raises:
+        BoxFailed: `box_mismatch`, naming the cap; also when it can't be read, for then it can't be promised.
+    """
+    limits = spec.limits
+    memory = _first_number(pid, "memory", ("memory.limit_in_bytes", "memory.max"))
+    if memory is None or memory > limits.memory:
+        raise BoxFailed("box_mismatch", f"The memory cap is {memory}, not {limits.memory}.", field="limits.memory")
+    pids = _first_number(pid, "pids", ("pids.max",))
+    if pids != limits.pids:
+        raise BoxFailed("box_mismatch", f"The PID cap is {pids}, not {limits.pids}.", field="limits.pids")
+    cpus = _cpu_quota(pid)
+    if cpus is None or cpus > limits.cpus + _CPU_ROUNDING:
+        raise BoxFailed("box_mismatch", f"The CPU cap is {cpus}, not {limits.cpus}.", field="limits.cpus")
+
+
+def _first_number(pid: int, controller: str, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        path = cgroup_file(pid, controller, name)
+        if path is not None:
+            with contextlib.suppress(OSError, ValueError):
+                return int(path.read_text())
+    return None
+
+
+def _cpu_quota(pid: int) -> float | None:
+    """Cores the cgroup may use: v2 says quota and period in one line, v1 in two files."""
+    with contextlib.suppress(OSError, ValueError):
+        both = cgroup_file(pid, "cpu", "cpu.max")
+        if both is not None and both.exists():
+            quota, period = both.read_text().split()
+            return int(quota) / int(period)
+    quota_us = _first_number(pid, "cpu", ("cpu.cfs_quota_us",))
+    period_us = _first_number(pid, "cpu", ("cpu.cfs_period_us",))
+    return quota_us / period_us if quota_us is not None and quota_us > 0 and period_us else None
 
 
 def cgroup_file(pid: int, controller: str, name: str) -> Path | None:

@@ -7,10 +7,11 @@ so an answer never shows half of a change.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +71,18 @@ class Store:
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)
 
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of it or nothing; on the store's thread only."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
     # teams
 
     async def add_team(self, team: Team) -> None:
@@ -119,26 +132,21 @@ class Store:
         """
 
         def add() -> None:
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
-                self._write(agent, insert=True)
-                if key is not None:
-                    self._connection.execute(
-                        "INSERT OR REPLACE INTO idempotency (owner, key, request, agent, created_at)"
-                        " VALUES (?, ?, ?, ?, ?)",
-                        (*key, agent.id, time.time()),
-                    )
+                with self._transaction():
+                    self._write(agent, insert=True)
+                    if key is not None:
+                        self._connection.execute(
+                            "INSERT OR REPLACE INTO idempotency (owner, key, request, agent, created_at)"
+                            " VALUES (?, ?, ?, ?, ?)",
+                            (*key, agent.id, time.time()),
+                        )
             except sqlite3.IntegrityError as error:
-                self._connection.execute("ROLLBACK")
                 raise Conflict(
                     "name_taken",
                     f"The team {agent.spec.team} has a live agent named {agent.spec.name}.",
                     name=agent.spec.name,
                 ) from error
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
 
         await self._run(add)
 
@@ -174,10 +182,9 @@ class Store:
         """Forget an agent that never came to be, its idempotency key too."""
 
         def delete() -> None:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.execute("DELETE FROM agent WHERE id = ?", (agent_id,))
-            self._connection.execute("DELETE FROM idempotency WHERE agent = ?", (agent_id,))
-            self._connection.execute("COMMIT")
+            with self._transaction():
+                self._connection.execute("DELETE FROM agent WHERE id = ?", (agent_id,))
+                self._connection.execute("DELETE FROM idempotency WHERE agent = ?", (agent_id,))
 
         await self._run(delete)
 
