@@ -49,7 +49,7 @@ from isolator.store.store import Store
 _log = logging.getLogger("isolator")
 _ENGINE_FACTS_LIFE = 30.0
 _SETTLE = 30.0
-_WATCHDOG_ANSWER = 5.0
+_RECONCILE_AGAIN = 3.0
 
 
 class Daemon:
@@ -174,7 +174,7 @@ class Daemon:
             settings.instance,
             on_up=self._engine_is_up,
             on_down=self._engine_is_down,
-            on_ending=self._lifecycle.finish,
+            on_ending=self._lifecycle.look_again,
         )
         self._server = ApiServer(self._parts())
         await self._teams.load()
@@ -234,12 +234,16 @@ class Daemon:
         self._spawn_task(self._after_engine_up())
 
     async def _after_engine_up(self) -> None:
-        half_made, self._half_made = self._half_made, []
-        try:
-            await self._reconciler.run(half_made)
-        except IsolatorError as error:
-            self._half_made = half_made
-            _log.warning("reconcile will run again when the engine is back: %s", error)
+        while self._watch.up:
+            half_made, self._half_made = self._half_made, []
+            try:
+                await self._reconciler.run(half_made)
+                break
+            except IsolatorError as error:
+                self._half_made = half_made + self._half_made
+                _log.warning("reconcile will run again: %s", error)
+                await asyncio.sleep(_RECONCILE_AGAIN)
+        else:
             return
         await self._proof.run_until_decided()
         await self._events.publish("network.tested", status=self._proof.result.status)
@@ -263,15 +267,16 @@ class Daemon:
         interval = systemd.watchdog_interval()
         if interval is None:
             return
+        # Sleep and ping together stay below systemd's own limit, which is twice the interval.
         while True:
             if self._watch.up:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(_WATCHDOG_ANSWER, interval)):
+                    async with asyncio.timeout(interval):
                         await self._engine.ping()
                         systemd.notify("WATCHDOG=1")
             else:
                 systemd.notify("WATCHDOG=1\nSTATUS=Waiting for the Docker Engine")
-            await asyncio.sleep(interval)
+            await asyncio.sleep(interval / 2)
 
     async def _facts_of_engine(self) -> dict[str, Any]:
         at, facts = self._engine_facts
@@ -320,6 +325,7 @@ class Daemon:
         self._stopping.set()
         await self._server.stop()
         await self._spawner.settle(_SETTLE)
+        await self._lifecycle.settle()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -341,7 +347,10 @@ def _make_folders(settings: Settings) -> None:
         (settings.runtime_dir / "agents", 0o700),
         (settings.runtime_dir / "mounts", 0o700),
     ):
-        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        except OSError as error:
+            raise Unavailable("folder_unsafe", f"{folder} can't be made: {error.strerror}.") from error
         facts = folder.stat()
         if facts.st_uid != os.geteuid():
             raise Unavailable("folder_unsafe", f"{folder} belongs to uid {facts.st_uid}, not to the daemon's.")

@@ -61,8 +61,7 @@ loud_step() {
     local what="$1" started="$EPOCHREALTIME" code=0
     shift
     printf '  %s\n' "$what"
-    "$@" </dev/null > >(sed -u 's/^/    | /') 2>&1 || code=$?
-    wait $! 2>/dev/null || true
+    "$@" </dev/null 2>&1 | sed -u 's/^/    | /' || code="${PIPESTATUS[0]}"
     if [[ $code -eq 0 ]]; then
         printf '  %-58s done in %s s\n' "$what" "$(elapsed "$started")"
     else

@@ -79,9 +79,7 @@ def test_notify_without_a_manager_says_false(no_manager: pytest.MonkeyPatch, tmp
         assert not notify("READY=1"), address
 
 
-def test_notify_never_hangs_on_a_manager_that_stopped_reading(
-    no_manager: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_notify_never_hangs_on_a_manager_that_stopped_reading(no_manager: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with receiver(str(tmp_path / "notify")):
         no_manager.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         sent = 0
@@ -112,9 +110,7 @@ def test_watchdog_of_another_process_is_not_ours(no_manager: pytest.MonkeyPatch)
     ("allowed", "watched"),
     [("0", None), ("-5", None), ("", None), ("1e6", None), ("٣", None), ("1000000", "me"), ("1000000", "")],
 )
-def test_malformed_watchdog_is_refused(
-    no_manager: pytest.MonkeyPatch, allowed: str, watched: str | None
-) -> None:
+def test_malformed_watchdog_is_refused(no_manager: pytest.MonkeyPatch, allowed: str, watched: str | None) -> None:
     no_manager.setenv("WATCHDOG_USEC", allowed)
     if watched is not None:
         no_manager.setenv("WATCHDOG_PID", watched)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from isolator.backends.base import Backend
 from isolator.host.folders import HeldFolder, check_mounts_inside, stage, unstage
 from isolator.host.processes import check_confinement, check_limits
 from isolator.model.box import BoxSpec
-from isolator.model.errors import BadRequest, BoxFailed
+from isolator.model.errors import BadRequest, BoxFailed, IsolatorError
 
 _log = logging.getLogger(__name__)
 _GUEST_TIMEOUT = 30.0
 _LOOK_AFTER = 3.0
 _CLEANUP_TIMEOUT = 45.0
+_LOOK_AGAIN = 0.01
 _LOG_LINES = 20
 
 Secrets = Sequence[tuple[str, str, bytes]]
@@ -92,7 +94,14 @@ class BoxBuilder:
         check_confinement(hello.pid, spec)
         check_limits(hello.pid, spec)
         check_mounts_inside(spec, hello.pid)
-        started = await asyncio.wait_for(channel.release(secrets), _GUEST_TIMEOUT)
+        try:
+            started = await asyncio.wait_for(channel.release(secrets), _GUEST_TIMEOUT)
+        except (ConnectionError, TimeoutError):
+            raise BoxFailed(
+                "guest_failed",
+                "The box's PID 1 ended or fell silent before the command ran. Do its secrets fit (1 MiB together)?",
+                output=await self._last_words(box_id),
+            ) from None
         if isinstance(started, StartFailure):
             raise _command_refused(spec, started)
         # The engine calls it running only when its start call returns; until then `docker ps` would disagree.
@@ -140,6 +149,30 @@ class BoxBuilder:
         except Exception as error:  # noqa: BLE001 - the engine may be the reason; reconcile removes it later
             _log.warning("the half-made box of %s waits for reconcile: %s", spec.agent, error)
         await asyncio.to_thread(remove_folder, self.folder(spec.agent))
+
+    async def demolish(self, spec: BoxSpec, channel: Channel) -> None:
+        """Remove a box that was built but can't be kept; never raises, reconcile removes what could not be."""
+        channel.close()
+        try:
+            await self._backend.remove(spec.box_name)
+        except IsolatorError as error:
+            _log.warning("the box of %s waits for reconcile: %s", spec.agent, error)
+        await self.discard(spec.agent)
+
+    async def until_ended(self, box_id: str, timeout: float) -> None:
+        """Return when the engine calls the box ended, or after `timeout` seconds.
+
+        The guest tells of the end a little before the engine has read all of the output; by then it has.
+
+        Raises:
+            Unavailable: `engine_unavailable`.
+        """
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            box = await self._backend.inspect(box_id)
+            if box is None or box.state == "exited":
+                return
+            await asyncio.sleep(_LOOK_AGAIN)
 
     async def discard(self, agent: str) -> None:
         """Remove what the host holds of an agent: its folder and staged mounts."""

@@ -96,6 +96,7 @@ class Channel:
         self._guest: socket.socket | None = None
         self._decoder = Decoder()
         self._strangers = 0
+        self._released = False
         self._hello: asyncio.Future[Hello] = self._loop.create_future()
         self._started: asyncio.Future[int | StartFailure] = self._loop.create_future()
 
@@ -145,9 +146,13 @@ class Channel:
 
         Args:
             secrets: (letter, name, value): `s` a file, `E` a variable.
+
+        Raises:
+            ConnectionError: the guest is not there, or left before it answered.
         """
         fields = [letter.encode() + name.encode() + b"\x00" + value for letter, name, value in secrets]
         await self._send(encode(GO, fields))
+        self._released = True
         return await asyncio.shield(self._started)
 
     async def signal(self, number: int) -> bool:
@@ -226,6 +231,8 @@ class Channel:
             data = b""
         if not data and self._guest is connection:
             self._drop_guest()
+            if self._released and not self._started.done():
+                self._started.set_exception(ConnectionError("the guest left before it started the command"))
             self._on_lost()
 
     def _handle(self, frame: Frame) -> None:

@@ -83,7 +83,10 @@ class SelfTestLaboratory:
         """Start a box, wait for its end, and return what it printed."""
         ended = asyncio.Event()
         box_id, _ = await self._start(team, name, command, on_exit=lambda *_: ended.set())
-        await asyncio.wait_for(ended.wait(), _PROBE_TIME)
+        async with asyncio.timeout(_PROBE_TIME):
+            await ended.wait()
+            await asyncio.gather(*(channel.bye() for channel in self._boxes.values()))
+            await self._builder.until_ended(box_id, _PROBE_TIME)
         output = b""
         async for chunk in self._backend.logs(box_id, follow=False, tail=None):
             output += chunk.data
@@ -116,7 +119,7 @@ class SelfTestLaboratory:
         for team in list(self._teams):
             with contextlib.suppress(IsolatorError):
                 await self._backend.remove_network(team)
-            del self._teams[team]
+                del self._teams[team]
 
 
 def _address_of(pid: int, subnet: str) -> str:

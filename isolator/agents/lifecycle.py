@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _END_WAITS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.4)
 _RETRY = 5.0
 _IDLE_SHARE = 0.01
+_LAST_WORDS = 2.0
 
 
 class Lifecycle:
@@ -57,6 +58,7 @@ class Lifecycle:
         self._records_kept = records_kept
         self._live: dict[str, LiveAgent] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stops: set[asyncio.Task[Any] | None] = set()
 
     # who is there
 
@@ -115,7 +117,9 @@ class Lifecycle:
 
     def drop(self, agent_id: str) -> None:
         """Forget one that never came to be."""
-        self._live.pop(agent_id, None)
+        live = self._live.pop(agent_id, None)
+        if live is not None:
+            live.ended.set()
 
     def schedule(self, live: LiveAgent) -> None:
         """Set the deadlines of a running agent."""
@@ -154,21 +158,24 @@ class Lifecycle:
                 return
             try:
                 box = await self._ended_box(live)
-            except IsolatorError:
+                if box is not None and box.state != "exited":
+                    return
+                await self._record_end(live, decide_exit(live.report, box, live.cause, live.detail))
+            except IsolatorError as error:
+                _log.warning("the end of agent %s can't be noted yet: %s", agent_id, error)
                 self._deadlines.at(time.time() + _RETRY, lambda: self.finish(agent_id))
-                return
-            if box is not None and box.state != "exited":
-                return
-            await self._record_end(live, decide_exit(live.report, box, live.cause, live.detail))
 
     def look_again(self, agent_id: str) -> None:
         """Finish this agent soon if its box has ended."""
         self._later(self.finish(agent_id))
 
+    async def _box_of(self, live: LiveAgent) -> Box | None:
+        return await self._backend.inspect(live.record.container_id or live.record.id)
+
     async def _ended_box(self, live: LiveAgent) -> Box | None:
         box = None
         for wait in _END_WAITS:
-            box = await self._backend.inspect(live.record.container_id or live.record.id)
+            box = await self._box_of(live)
             if box is None or box.state == "exited":
                 return box
             if live.channel is not None and live.channel.connected:
@@ -179,20 +186,22 @@ class Lifecycle:
     async def _record_end(self, live: LiveAgent, ending: Exit) -> None:
         state = "lost" if ending.reason == "lost" else "exited"
         await self._become(live, state=state, exit=ending, finished_at=time.time(), pid=None)
-        await self._audit.note(
-            "agent.end",
-            None,
-            team=live.record.spec.team,
-            agent=live.record.id,
-            reason=ending.reason,
-            code=ending.code,
-            signal=ending.signal,
-        )
-        if live.channel is not None:
-            live.channel.close()
-            live.channel = None
-        live.ended.set()
-        self._schedule_cleanup(live)
+        try:
+            await self._audit.note(
+                "agent.end",
+                None,
+                team=live.record.spec.team,
+                agent=live.record.id,
+                reason=ending.reason,
+                code=ending.code,
+                signal=ending.signal,
+            )
+        finally:
+            if live.channel is not None:
+                live.channel.close()
+                live.channel = None
+            live.ended.set()
+            self._schedule_cleanup(live)
         await self._tell(live.record, "agent.exited", reason=ending.reason, code=ending.code, signal=ending.signal)
 
     async def expire(self, agent_id: str, cause: Reason, detail: str) -> None:
@@ -200,17 +209,28 @@ class Lifecycle:
         live = self._live.get(agent_id)
         if live is None or live.record.state != "running":
             return
+        try:
+            await self._expire(live, cause, detail)
+        except IsolatorError as error:
+            _log.warning("agent %s is over its time and can't be ended yet: %s", agent_id, error)
+            self._deadlines.at(time.time() + _RETRY, lambda: self.expire(agent_id, cause, detail))
+            return
+        await self.finish(agent_id)
+
+    async def _expire(self, live: LiveAgent, cause: Reason, detail: str) -> None:
         record = live.record
-        intent = await self._audit.intent("agent.expire", None, team=record.spec.team, agent=agent_id, cause=cause)
+        box = await self._box_of(live)
+        if live.report is not None or box is None or box.state == "exited":
+            return  # it ended by itself, and is told so
+        subject = {"team": record.spec.team, "agent": record.id}
+        intent = await self._audit.intent("agent.expire", None, **subject, cause=cause)
         live.cause, live.detail = live.cause or cause, live.detail or detail
         try:
             await self._backend.kill(record.container_id or record.id)
         except IsolatorError:
-            await self._audit.outcome(intent, "agent.expire", "failed", team=record.spec.team, agent=agent_id)
-            self._deadlines.at(time.time() + _RETRY, lambda: self.expire(agent_id, cause, detail))
-            return
-        await self.finish(agent_id)
-        await self._audit.outcome(intent, "agent.expire", "done", team=record.spec.team, agent=agent_id)
+            await self._audit.outcome(intent, "agent.expire", "failed", **subject)
+            raise
+        await self._audit.outcome(intent, "agent.expire", "done", **subject)
 
     async def _look_idle(self, agent_id: str) -> None:
         live = self._live.get(agent_id)
@@ -248,25 +268,44 @@ class Lifecycle:
     async def stop(self, live: LiveAgent, caller: Principal | None, grace: float) -> Agent:
         """Signal, grace, kill, remove; the record that remains.
 
+        One that is being spawned is stopped when its spawn has ended.
+
         Raises:
+            NotFound: its spawn failed meanwhile.
             Unavailable: `engine_unavailable`; the agent may still run, and stopping again is right.
         """
         record = live.record
         subject = {"team": record.spec.team, "agent": record.id}
         intent = await self._audit.intent("agent.stop", caller, **subject, grace=grace)
+        under_way = asyncio.current_task()
         try:
-            async with live.lock:
-                if live.record.state == "removed":
-                    return live.record
-                if live.record.state == "running":
-                    await self._end_by_request(live, grace)
-                await self._remove(live)
+            if under_way is not None:
+                self._stops.add(under_way)
+            await self._stop(live, grace)
         except BaseException as error:
             code = error.code if isinstance(error, IsolatorError) else type(error).__name__
             await self._audit.outcome(intent, "agent.stop", "failed", **subject, code=code)
             raise
+        finally:
+            self._stops.discard(under_way)
         await self._audit.outcome(intent, "agent.stop", "done", **subject)
         return live.record
+
+    async def _stop(self, live: LiveAgent, grace: float) -> None:
+        async with live.lock:
+            if live.record.state == "creating":
+                raise NotFound("agent_not_found", "Its spawn failed; there is nothing to stop.")
+            if live.record.state == "running":
+                await self._end_by_request(live, grace)
+            if live.record.state != "removed":
+                await self._remove(live)
+
+    async def settle(self) -> None:
+        """Break off the stops under way, for the daemon ends: the next one's reconcile finishes them."""
+        stops = [task for task in self._stops if task is not None]
+        for task in stops:
+            task.cancel()
+        await asyncio.gather(*stops, return_exceptions=True)
 
     async def _end_by_request(self, live: LiveAgent, grace: float) -> None:
         live.cause = live.cause or "killed"
@@ -275,6 +314,7 @@ class Lifecycle:
         if grace > 0 and live.channel is not None and await live.channel.signal(signal.SIGTERM):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(live.reported.wait(), grace)
+                await self._builder.until_ended(live.record.container_id or live.record.id, _LAST_WORDS)
 
     async def _remove(self, live: LiveAgent) -> None:
         record = live.record

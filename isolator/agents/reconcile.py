@@ -121,23 +121,24 @@ class Reconciler:
         findings.removed.append(record.id)
 
     async def _join_agents(self, boxes: list[Box], findings: Findings) -> None:
-        by_agent = {box.agent: box for box in boxes}
+        by_id = {box.id: box for box in boxes}
         gate = asyncio.Semaphore(_PARALLEL)
 
         async def join(agent_id: str) -> None:
             async with gate:
-                await self._join_agent(agent_id, by_agent.get(agent_id), findings)
+                await self._join_agent(agent_id, by_id, findings)
 
         building = self._building()
         await asyncio.gather(
             *(join(live.record.id) for live in self._lifecycle.live() if live.record.id not in building)
         )
 
-    async def _join_agent(self, agent_id: str, box: Box | None, findings: Findings) -> None:
+    async def _join_agent(self, agent_id: str, boxes: dict[str, Box], findings: Findings) -> None:
         live = self._lifecycle.find(agent_id)
         if live is None:
             return
         record = live.record
+        box = boxes.get(record.container_id or "")
         if record.state == "stopping":
             # Its stop was begun and never answered: end it.
             await self._lifecycle.stop(live, None, 0.0)
@@ -154,8 +155,9 @@ class Reconciler:
 
     async def _remove_orphans(self, boxes: list[Box], findings: Findings) -> None:
         for box in boxes:
-            known = self._lifecycle.find(box.agent) is not None or box.agent in self._building()
-            if not known:
+            live = self._lifecycle.find(box.agent)
+            known = live is not None and live.record.container_id in (None, box.id)
+            if not known and box.agent not in self._building():
                 _log.warning("removing a box nobody was promised: %s of agent %s", box.id[:12], box.agent)
                 await self._backend.remove(box.id)
                 findings.removed.append(box.agent or box.id[:12])

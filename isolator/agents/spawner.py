@@ -88,8 +88,8 @@ class Spawner:
         self._proof = proof
         self._guarantees = guarantees
         self._under_way: dict[str, asyncio.Task[Agent]] = {}
-        self._abandoning: set[asyncio.Task[None]] = set()
-        self._keys: dict[tuple[str, str], asyncio.Task[Agent]] = {}
+        self._abandoning: dict[str, asyncio.Task[None]] = {}
+        self._keys: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._ensuring: dict[tuple[str, str], asyncio.Lock] = {}
         self._roots = [PurePosixPath(os.path.realpath(root)) for root in settings.workspace_roots]
         self._own = settings.own_folders()
@@ -143,10 +143,9 @@ class Spawner:
         lock = self._ensuring.setdefault((team, name), asyncio.Lock())
         try:
             async with lock:
-                live = self._lifecycle.named(team, name)
+                live = await self._settled(team, name, caller)
                 if live is None:
                     return await self._start(team, name, request, caller, None), True
-                self._teams.get(team, caller)
                 wanted, held = await self._plan(self._teams.get(team, caller), name, request, caller, live.record.id)
                 close_all(held)
                 if wanted.digest() != live.record.spec_digest:
@@ -161,6 +160,20 @@ class Spawner:
         finally:
             if not lock.locked():
                 self._ensuring.pop((team, name), None)
+
+    async def _settled(self, team: str, name: str, caller: Principal) -> LiveAgent | None:
+        """The agent of that name once it is neither being spawned nor taken back; None if there is none then."""
+        while (live := self._lifecycle.named(team, name)) is not None:
+            self._teams.get(team, caller)
+            doomed = self._abandoning.get(live.record.id)
+            if doomed is not None:
+                await asyncio.wait({doomed})
+            elif live.record.state == "running":
+                return live
+            else:
+                async with live.lock:
+                    pass
+        return None
 
     async def _start(
         self,
@@ -182,19 +195,24 @@ class Spawner:
         self._under_way[agent_id] = task
         if key is not None:
             self._keys[key[0], key[1]] = task
-        task.add_done_callback(lambda _: self._forget(agent_id, key))
+        task.add_done_callback(lambda done: self._forget(agent_id, key, done))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             abandoning = asyncio.create_task(self._abandon(agent_id, task))
-            self._abandoning.add(abandoning)
-            abandoning.add_done_callback(self._abandoning.discard)
+            self._abandoning[agent_id] = abandoning
+            if key is not None:
+                # A retry under the key waits until the first spawn is undone, and then begins anew.
+                self._keys[key[0], key[1]] = abandoning
+            abandoning.add_done_callback(lambda done: self._forget(agent_id, key, done))
             raise
 
-    def _forget(self, agent_id: str, key: tuple[str, str, str] | None) -> None:
-        self._under_way.pop(agent_id, None)
-        if key is not None:
-            self._keys.pop((key[0], key[1]), None)
+    def _forget(self, agent_id: str, key: tuple[str, str, str] | None, done: asyncio.Task[Any]) -> None:
+        for tasks in (self._under_way, self._abandoning):
+            if tasks.get(agent_id) is done:
+                del tasks[agent_id]
+        if key is not None and self._keys.get((key[0], key[1])) is done:
+            del self._keys[key[0], key[1]]
 
     async def _abandon(self, agent_id: str, task: asyncio.Task[Agent]) -> None:
         """The caller hung up and will never learn the id: undo the spawn."""
@@ -205,11 +223,12 @@ class Spawner:
         live.detail = "Its caller hung up before it was told."
         with contextlib.suppress(IsolatorError):
             await self._lifecycle.stop(live, None, 0.0)
+            await self._store.delete_agent(agent_id)
         await self._undo_team(live.made_team)
 
     async def settle(self, timeout: float) -> None:
         """Wait for the spawns under way, at most `timeout` seconds."""
-        work: set[asyncio.Task[Any]] = {*self._under_way.values(), *self._abandoning}
+        work: set[asyncio.Task[Any]] = {*self._under_way.values(), *self._abandoning.values()}
         if work:
             await asyncio.wait(work, timeout=timeout)
 
@@ -324,58 +343,63 @@ class Spawner:
         )
         subject = {"team": spec.team, "agent": spec.agent}
         intent = await self._audit.intent("agent.spawn", caller, **subject, **_summary(spec))
-        try:
-            await self._store.add_agent(record, key)
+        live = LiveAgent(record)
+        # Whoever wants to stop it or has seen it end waits until it has come to be, and was told so.
+        async with live.lock:
             try:
-                live = await self._run(record, held, secrets)
-            except BaseException:
-                await asyncio.shield(self._store.delete_agent(record.id))
+                await self._store.add_agent(record, key)
+                try:
+                    await self._run(live, held, secrets)
+                    await self._audit.outcome(
+                        intent, "agent.spawn", "done", **subject, container=live.record.container_id
+                    )
+                    await self._events.publish(
+                        "agent.started",
+                        owner=spec.owner,
+                        team=spec.team,
+                        agent=spec.agent,
+                        name=spec.name,
+                        image=spec.image,
+                    )
+                except BaseException:
+                    await asyncio.shield(self._take_back(live))
+                    raise
+            except BaseException as error:
+                code = error.code if isinstance(error, IsolatorError) else type(error).__name__
+                await asyncio.shield(self._audit.outcome(intent, "agent.spawn", "failed", **subject, code=code))
                 raise
-        except BaseException as error:
-            code = error.code if isinstance(error, IsolatorError) else type(error).__name__
-            await asyncio.shield(self._audit.outcome(intent, "agent.spawn", "failed", **subject, code=code))
-            raise
-        await self._audit.outcome(intent, "agent.spawn", "done", **subject, container=live.record.container_id)
-        await self._events.publish(
-            "agent.started",
-            owner=spec.owner,
-            team=spec.team,
-            agent=spec.agent,
-            name=spec.name,
-            image=spec.image,
-        )
-        self._lifecycle.schedule(live)
+            self._lifecycle.schedule(live)
         return live
 
-    async def _run(self, record: Agent, held: Sequence[HeldFolder], secrets: Secrets) -> LiveAgent:
-        spec, live = record.spec, LiveAgent(record)
+    async def _take_back(self, live: LiveAgent) -> None:
+        """Leave nothing of a spawn that failed at whatever point."""
+        spec = live.record.spec
+        if live.record.state == "running" and live.channel is not None:
+            live.record = live.record.changed(state="creating")
+            await self._builder.demolish(spec, live.channel)
+        else:
+            await self._builder.discard(spec.agent)
+        self._lifecycle.drop(spec.agent)
+        await self._store.delete_agent(spec.agent)
+
+    async def _run(self, live: LiveAgent, held: Sequence[HeldFolder], secrets: Secrets) -> None:
+        record = live.record
+        spec = record.spec
         await asyncio.to_thread(create_folder, self._builder.folder(spec.agent))
         channel = self._lifecycle.channel_for(live)
         self._lifecycle.hold(live)
-        try:
-            built = await self._builder.build(spec, held, secrets, channel)
-            now = time.time()
-            live.record = record.changed(
-                state="running",
-                started_at=now,
-                container_id=built.box_id,
-                pid=built.pid,
-                expires_at=None if spec.ttl is None else now + spec.ttl,
-                wall_deadline=None if spec.limits.wall is None else now + spec.limits.wall,
-                receipt=receipt(spec, self._guarantees()),
-            )
-            try:
-                await self._store.save_agent(live.record)
-            except BaseException:
-                await asyncio.shield(self._lifecycle.stop(live, None, 0.0))
-                raise
-        except BaseException:
-            self._lifecycle.drop(spec.agent)
-            raise
-        if live.report is not None or not channel.connected:
-            # It ended while its record was written; nobody heard, because it was not running yet.
-            asyncio.get_running_loop().call_soon(lambda: self._lifecycle.look_again(spec.agent))
-        return live
+        built = await self._builder.build(spec, held, secrets, channel)
+        now = time.time()
+        live.record = record.changed(
+            state="running",
+            started_at=now,
+            container_id=built.box_id,
+            pid=built.pid,
+            expires_at=None if spec.ttl is None else now + spec.ttl,
+            wall_deadline=None if spec.limits.wall is None else now + spec.limits.wall,
+            receipt=receipt(spec, self._guarantees()),
+        )
+        await self._store.save_agent(live.record)
 
 
 def _request_digest(request: SpawnRequest) -> str:

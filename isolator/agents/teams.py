@@ -200,9 +200,11 @@ class Teams:
         self._teams.pop(team.id, None)
 
     async def repair(self, team: Team) -> None:
-        """Make the team's network again where the engine lost it."""
-        repaired = await self._make_network(team)
-        if repaired != team:
-            await self._store.set_team_network(team.id, repaired.network_id or "", repaired.subnet)
-            if team.id in self._teams:
+        """Make the team's network again where the engine lost it; a team that is being deleted needs none."""
+        if self._teams.get(team.id) is not team or team.id in self._deleting:
+            return
+        async with self.using(team.id):
+            repaired = await self._make_network(team)
+            if repaired != team:
+                await self._store.set_team_network(team.id, repaired.network_id or "", repaired.subnet)
                 self._teams[team.id] = repaired

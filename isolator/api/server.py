@@ -162,6 +162,8 @@ def open_socket(path: Path, group: int | None) -> socket.socket:
                 knocking.connect(str(path))
             except (ConnectionRefusedError, FileNotFoundError):
                 path.unlink(missing_ok=True)
+            except OSError as error:
+                raise Unavailable("socket_in_use", f"Another daemon is behind {path}, and busy.") from error
             else:
                 raise Unavailable("socket_in_use", f"Another daemon answers at {path}.")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

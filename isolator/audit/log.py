@@ -158,6 +158,7 @@ class AuditLog:
 
     def close(self) -> None:
         """Write what waits and close."""
+        self._broken = "it is closed"
         self._queue.put(None)
         self._thread.join(timeout=10)
         os.close(self._descriptor)

@@ -72,7 +72,7 @@ class ImageResolver(Protocol):
         """The image a spawn names.
 
         Raises:
-            NotFound: `image_not_found`.
+            BadRequest: `image_invalid`. NotFound: `image_not_found`.
             Forbidden: `image_not_allowed` (with the digest to allow), `image_unsafe`, `image_unsupported`.
         """
 

@@ -18,11 +18,11 @@ from isolator.cli.session import json_option
     help="Settings file; default: ISOLATOR_CONFIG, else /etc/isolator/isolator.toml.",
 )
 @json_option
-def daemon(config: Path | None) -> None:
+def daemon(config: Path | None) -> int:
     """Run the daemon in the foreground, as its systemd unit does; end it with TERM."""
     if config is not None:
         os.environ["ISOLATOR_CONFIG"] = str(config.absolute())
     settings = settings_or_failure()
     from isolator.daemon import run  # noqa: PLC0415 - no other command needs the daemon's parts
 
-    run(settings)
+    return run(settings)

@@ -62,10 +62,17 @@ class SocketDenied(IsolatorClientError):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.group = _group_of(path)
-        super().__init__(
-            f"You may not connect to {path}: only root and the group {self.group} may. Have yourself added "
-            f"(usermod -aG {self.group} USER, as root), then log in again."
-        )
+        if self.group is None:
+            detail = (
+                f"You may not connect to {path}: only root may. To let others in, make the group {DEFAULT_GROUP} "
+                f"(groupadd --system {DEFAULT_GROUP}), restart the daemon, and add them to it."
+            )
+        else:
+            detail = (
+                f"You may not connect to {path}: only root and the group {self.group} may. Have yourself added "
+                f"(usermod -aG {self.group} USER, as root), then log in again."
+            )
+        super().__init__(detail)
 
 
 class SocketUntrusted(IsolatorClientError):
@@ -141,12 +148,15 @@ class ProblemError(IsolatorClientError):
         )
 
 
-def _group_of(path: Path) -> str:
-    """The group that may connect; where the folder above is closed too, its default name is all we know."""
+def _group_of(path: Path) -> str | None:
+    """The group that may connect; None where only root's own may, which nobody should be told to join.
+
+    Where the folder above is closed too, the default name is all we know.
+    """
     try:
         facts = path.stat()
-        if facts.st_mode & stat.S_IWGRP:
-            return grp.getgrgid(facts.st_gid).gr_name
+        if facts.st_gid == 0 or not facts.st_mode & stat.S_IWGRP:
+            return None
+        return grp.getgrgid(facts.st_gid).gr_name
     except (OSError, KeyError):
-        pass
-    return DEFAULT_GROUP
+        return DEFAULT_GROUP

@@ -93,18 +93,24 @@ class EventStream:
             ProblemError: it refused.
         """
         barren = 0
+        broken_since: float | None = None
         while not self._closed:
             heard = self._heard
+            lost: IsolatorClientError = ConnectionLost("The daemon takes connections only to drop them.")
             try:
                 yield from self._read()
                 if not self._follow:
                     return
-            except (ConnectionLost, AnswerTimeout):
-                if time.monotonic() - self._heard > self._patience and not self._closed:
-                    raise
-            # A daemon that takes connections only to drop them must not be asked in a tight circle.
-            barren = barren + 1 if heard == self._heard else 0
-            self._pause(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**barren))
+            except (ConnectionLost, AnswerTimeout) as error:
+                lost = error
+            if self._closed:
+                return
+            # A daemon that drops every connection must not be asked in a tight circle, nor for ever.
+            now = time.monotonic()
+            barren, broken_since = (0, now) if self._heard != heard else (barren + 1, broken_since or now)
+            if now - broken_since > self._patience:
+                raise lost
+            self._pause(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(barren, 10)))
             self._open_again()
 
     def _read(self) -> Iterator[Event]:
@@ -114,6 +120,8 @@ class EventStream:
                 self._heard = time.monotonic()
                 for said in decoder.feed(piece):
                     event = _event(said)
+                    if event is None and not said.data and self.last_id is None:
+                        self.last_id = _number(said.id)
                     if event is None or (event.id and self.last_id is not None and event.id <= self.last_id):
                         continue
                     self.last_id = event.id or self.last_id
@@ -176,5 +184,8 @@ def _event(said: ServerEvent) -> Event | None:
         return None
     if not isinstance(data, dict):
         return None
-    number = int(said.id) if said.id and said.id.isascii() and said.id.isdigit() else 0
-    return Event.from_answer(data, number, said.name)
+    return Event.from_answer(data, _number(said.id) or 0, said.name)
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isascii() and text.isdigit() else None

@@ -35,9 +35,7 @@ class FrameDecoder:
                 raise AnswerInvalid("The log stream is out of step: it is not made of frames.")
             length = int.from_bytes(self._buffer[4:_HEADER], "big")
             if length > _LARGEST_FRAME:
-                raise AnswerInvalid(
-                    f"The log stream announces a frame of {length} bytes, which is not meant."
-                )
+                raise AnswerInvalid(f"The log stream announces a frame of {length} bytes, which is not meant.")
             if len(self._buffer) < _HEADER + length:
                 return
             stream = self._buffer[0]
@@ -54,7 +52,10 @@ class FrameDecoder:
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """One server-sent event: its id (None if it had none), its name, its data."""
+    """One server-sent event: its id (None if it had none), its name, its data.
+
+    Without data it only says where the stream stands, so that one may resume from there.
+    """
 
     id: str | None
     name: str
@@ -101,6 +102,7 @@ class EventDecoder:
         return None
 
     def _finish(self) -> ServerEvent | None:
-        event = ServerEvent(self._id, self._name or "message", "\n".join(self._data)) if self._data else None
+        told = self._data or self._id is not None
+        event = ServerEvent(self._id, self._name or "message", "\n".join(self._data)) if told else None
         self._id, self._name, self._data, self._size = None, "", [], 0
         return event

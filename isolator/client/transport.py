@@ -195,9 +195,7 @@ def request(
     """
     deadline = time.monotonic() + timeout
     content = None if body is None else json.dumps(body).encode()
-    response, stream = open_stream(
-        location, method, path, query=query, body=content, headers=headers, timeout=timeout
-    )
+    response, stream = open_stream(location, method, path, query=query, body=content, headers=headers, timeout=timeout)
     with stream:
         text = bytearray()
         for piece in stream:

@@ -86,8 +86,9 @@ class Link:
         """Try once; on failure the next try comes after a growing pause."""
         link = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
         try:
-            link.connect(SOCKET)
+            # Before connect: where the agent has filled the queue of knockers, the guest must not wait in it.
             link.settimeout(10.0)
+            link.connect(SOCKET)
             link.sendall(hello)
         except OSError:
             link.close()
@@ -133,7 +134,11 @@ class Link:
                 return frames
             if len(self.buffer) < end:
                 break
-            frames.append(parse(self.buffer[4:end]))
+            try:
+                frames.append(parse(self.buffer[4:end]))
+            except ValueError:
+                self.close()
+                return frames
             self.buffer = self.buffer[end:]
         return frames
 
@@ -233,7 +238,7 @@ class Guest:
         """Do what the daemon says, if it fits the phase."""
         if kind == GO and self.phase is WAITING:
             self.start(fields)
-        elif kind == SIGNAL and fields:
+        elif kind == SIGNAL and fields and fields[0].isdigit() and len(fields[0]) < 4:
             self.deliver(int(fields[0]))
         elif kind == BYE and self.phase is not RUNNING:
             self.leave = True

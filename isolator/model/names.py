@@ -10,6 +10,7 @@ from isolator.model.errors import BadRequest
 NAME_LENGTH = 40
 ID_LENGTH = 64
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?\Z", re.ASCII)
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}\Z", re.ASCII)
 _AGENT_ID = re.compile(r"[a-z0-9]{16}\Z", re.ASCII)
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # 32 letters without l, o, 0, 1: readable aloud
 
@@ -25,6 +26,21 @@ def check_name(value: str, what: str) -> str:
             "name_invalid",
             f"The {what} must be 1 to {NAME_LENGTH} of a-z, 0-9 and -, neither first nor last a -.",
             field=what,
+        )
+    return value
+
+
+def check_image_reference(value: str) -> str:
+    """An image's name or digest, unchanged. The engine's client makes a path of it, so it must not wander.
+
+    Raises:
+        BadRequest: `image_invalid`.
+    """
+    if not _IMAGE.match(value) or ".." in value or "//" in value:
+        raise BadRequest(
+            "image_invalid",
+            "The image must be a name such as isolator/agent-python, name:tag, or sha256: and 64 hex digits.",
+            field="image",
         )
     return value
 

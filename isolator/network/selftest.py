@@ -97,6 +97,8 @@ class NetworkProof:
         self._laboratory = laboratory
         self.result = ProofResult("pending")
         self._decided = asyncio.Event()
+        self._generation = 0
+        self._running = asyncio.Lock()
 
     @property
     def proven(self) -> bool:
@@ -129,14 +131,27 @@ class NetworkProof:
 
     def forget(self) -> None:
         """The engine changed: what was proven of it no longer holds."""
+        self._generation += 1
         self.result = ProofResult("pending")
         self._decided.clear()
 
     async def run_until_decided(self) -> None:
-        """Run the self-test; where it could not be run, try again with growing pauses."""
+        """Run the self-test; where it could not be run, try again with growing pauses.
+
+        One at a time: two would remove each other's boxes. What was found of an engine that has been forgotten
+        since counts for nothing.
+        """
+        generation = self._generation
+        async with self._running:
+            await self._run_for(generation)
+
+    async def _run_for(self, generation: int) -> None:
         pause = _RETRY_FIRST
-        while True:
-            self.result = await self._attempt()
+        while generation == self._generation:
+            result = await self._attempt()
+            if generation != self._generation:
+                return
+            self.result = result
             self._decided.set()
             if self.result.status in ("proven", "failed"):
                 _log.info("network self-test: %s %s", self.result.status, self.result.reason or "")
@@ -169,9 +184,7 @@ class NetworkProof:
             serve_probe_port = ["python3", "-c", _SERVE % listener.port]
             subnet = await lab.network(mine)
             await lab.network(theirs)
-            _, stranger = await asyncio.gather(
-                lab.hold(mine, "peer", serve), lab.hold(theirs, "stranger", serve_probe_port)
-            )
+            _, stranger = await _both(lab.hold(mine, "peer", serve), lab.hold(theirs, "stranger", serve_probe_port))
             host = [address for address in _host_addresses() if await _reaches(address, listener.port)]
             gateway = str(next(ipaddress.IPv4Network(subnet).hosts()))
             task = {
@@ -184,9 +197,23 @@ class NetworkProof:
             listener.datagrams.clear()
             script = resources.files("isolator.network").joinpath("probe.py").read_text()
             output = await lab.run(mine, "probe", ["python3", "-c", script, json.dumps(task)])
-            found = json.loads(output.splitlines()[-1]) if output.strip() else {}
+            if not output.strip():
+                raise ValueError("the probe said nothing")
+            found = json.loads(output.splitlines()[-1])
             heard = sorted(set(listener.datagrams))
         return _judge(found, host, stranger, heard)
+
+
+async def _both(*work: Awaitable[str]) -> list[str]:
+    """The results of both; if one fails, when the other has ended too: a box half-built would outlive the clearing."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        raise
 
 
 def _judge(found: dict[str, Any], host: list[str], stranger: str, heard: list[str]) -> tuple[Check, ...]:

@@ -26,6 +26,7 @@ SKILL_IMAGE = "isolator/skill"
 SECRETS_SIZE = 1024 * 1024
 MAX_GRACE = 86_400.0
 MAX_TTL = 366 * 86_400.0
+MOST_UID = 2**31 - 1
 _SECRET_NAME_EXTRA = frozenset("-_.")
 
 
@@ -191,16 +192,22 @@ def _identity(caller: Principal, mounts: Sequence[OpenedMount], settings: Settin
 
     A caller other than root gets an agent with their own uid when folders are mounted, even if the folder is
     somebody else's: running as its owner would lend them that owner's rights to every file inside.
+
+    Raises:
+        Forbidden: `uid_refused`.
     """
     fallback = (settings.agent_uid, settings.agent_uid)
     if not mounts:
         return fallback
     if caller.uid != 0:
+        # Engines have read greater numbers as 0.
+        if max(caller.uid, caller.gid) > MOST_UID:
+            raise Forbidden("uid_refused", f"uid {caller.uid}, gid {caller.gid}: folders are for ids up to {MOST_UID}.")
         return caller.uid, caller.gid or caller.uid
     first = mounts[0]
-    if first.uid == 0 or first.uid >= 2**31:
+    if not 0 < first.uid <= MOST_UID:
         return fallback
-    return first.uid, first.gid if 0 < first.gid < 2**31 else first.uid
+    return first.uid, first.gid if 0 < first.gid <= MOST_UID else first.uid
 
 
 def _session(session: str | None) -> str | None:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from isolator.host.syscalls import bind_mount, set_thread_identity
+from isolator.host.syscalls import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, bind_mount, openat2, set_thread_identity
 from isolator.host.syscalls import unmount as detach
 from isolator.host.systemd import listen_fds, notify, watchdog_interval
 
@@ -80,11 +80,15 @@ def mount(request: dict[str, Any]) -> dict[str, Any]:
     """Stage a folder from its open descriptor, as the daemon does."""
     target = MOUNTS / request["name"]
     target.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(request["source"], os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    source = Path(request["source"])
+    root = os.open(source.parent, os.O_PATH | os.O_DIRECTORY)
+    beneath = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS
+    descriptor = openat2(root, source.name, os.O_PATH | os.O_DIRECTORY, beneath)
     try:
         bind_mount(descriptor, str(target))
     finally:
         os.close(descriptor)
+        os.close(root)
     return {"target": str(target)}
 
 
@@ -111,16 +115,16 @@ def reach(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def hand_over(request: dict[str, Any]) -> dict[str, Any]:
-    """A socket below the runtime folder, given to another uid."""
+    """A socket below the runtime folder, opened to a group this process is no member of."""
     path = Path("/run/isolator/handed.sock")
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
         made.bind(str(path))
-    os.chown(path, request["uid"], request["uid"])
-    path.chmod(0o600)
-    owner = path.stat().st_uid
+    os.chown(path, -1, request["group"])
+    path.chmod(0o660)
+    group = path.stat().st_gid
     path.unlink()
-    return {"owner": owner}
+    return {"group": group}
 
 
 def leave_child(_: dict[str, Any]) -> dict[str, Any]:
@@ -138,14 +142,11 @@ def send_signal(request: dict[str, Any]) -> dict[str, Any]:
 def forbidden(_: dict[str, Any]) -> dict[str, Any]:
     """What each act the unit takes away answers now."""
     executable = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-    set_user_id = Path("/run/isolator/set-user-id")
-    set_user_id.touch()
     tries: dict[str, Callable[[], Any]] = {
         "a mount namespace": lambda: call("unshare", CLONE_NEWNS),
         "a vsock": lambda: socket.socket(AF_VSOCK, socket.SOCK_STREAM).close(),
         "a packet socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close(),
         "memory both writable and executable": lambda: mmap.mmap(-1, 4096, prot=executable).close(),
-        "a set-user-id file": lambda: set_user_id.chmod(0o4755),
         "ptrace": lambda: call("ptrace", 0, 0, 0, 0),
         "chroot": lambda: os.chroot("/mnt"),
         "a device node": lambda: os.mknod("/run/isolator/node", 0o20600, os.makedev(1, 11)),
@@ -157,7 +158,6 @@ def forbidden(_: dict[str, Any]) -> dict[str, Any]:
         "io_uring": lambda: call("syscall", 425, 1, None),
     }
     answers = {name: apart(act) for name, act in tries.items()}
-    set_user_id.unlink()
     Path("/run/isolator/node").unlink(missing_ok=True)
     return answers
 

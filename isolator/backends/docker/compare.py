@@ -11,8 +11,8 @@ from typing import Any
 
 from isolator.model.errors import BoxFailed
 
-_CONFIG_FIELDS = ("Cmd", "Entrypoint", "Healthcheck", "Hostname", "Image", "StopSignal", "User", "WorkingDir")
-_EMPTY_CONFIG = ("OpenStdin", "Tty", "Volumes")
+_CONFIG_FIELDS = ("Cmd", "Entrypoint", "Hostname", "Image", "StopSignal", "User", "WorkingDir")
+_EMPTY_CONFIG = ("AttachStdin", "OpenStdin", "Tty", "Volumes")
 _EMPTY_HOST_CONFIG = (
     "AutoRemove", "Binds", "BlkioDeviceReadBps", "CapAdd", "CgroupParent", "ContainerIDFile", "CpuRealtimePeriod",
     "CpuRealtimeRuntime", "DeviceCgroupRules", "DeviceRequests", "Devices", "DnsOptions", "DnsSearch", "ExtraHosts",
@@ -38,6 +38,9 @@ def compare(wanted: dict[str, Any], found: dict[str, Any]) -> None:
     config, host_config = found["Config"], found["HostConfig"]
     for name in _CONFIG_FIELDS:
         _equal(f"Config.{name}", wanted.get(name), config.get(name))
+    # An image's own interval and timeout are merged in, and mean nothing once the test is NONE.
+    tests = [(side.get("Healthcheck") or {}).get("Test") for side in (wanted, config)]
+    _equal("Config.Healthcheck", *tests)
     _equal("Config.Env", sorted(wanted["Env"]), sorted(config.get("Env") or []))
     for name in _EMPTY_CONFIG:
         _equal(f"Config.{name}", None, config.get(name))
@@ -48,8 +51,8 @@ def compare(wanted: dict[str, Any], found: dict[str, Any]) -> None:
         _equal(f"HostConfig.{name}", None, host_config.get(name))
     if (host_config.get("Runtime") or "") not in _RUNTIMES:
         _differ("HostConfig.Runtime", "runc", host_config.get("Runtime"))
-    places = sorted(mount["Target"] for mount in wanted["HostConfig"]["Mounts"])
-    _equal("Mounts", places, sorted(mount["Destination"] for mount in found.get("Mounts") or []))
+    places = sorted((mount["Target"], not mount["ReadOnly"]) for mount in wanted["HostConfig"]["Mounts"])
+    _equal("Mounts", places, sorted((mount["Destination"], mount["RW"]) for mount in found.get("Mounts") or []))
     endpoints = sorted(((wanted.get("NetworkingConfig") or {}).get("EndpointsConfig") or {"none": None}).keys())
     _equal("NetworkSettings.Networks", endpoints, sorted(found["NetworkSettings"]["Networks"] or {"none": None}))
 
@@ -63,9 +66,12 @@ def _compare_labels(wanted: dict[str, str], found: dict[str, str]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value without what is merely written differently: an absent, empty or zero field is the same."""
+    """The value without what is merely written differently: an absent field, an empty text and a zero are the same.
+
+    An empty object under a key is kept: that is how `Volumes` names its places.
+    """
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in sorted(value.items()) if _plain(item) not in (None, {}, [])}
+        return {key: _plain(item) for key, item in sorted(value.items()) if _plain(item) is not None}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if value in ("", 0, False):

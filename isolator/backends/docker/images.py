@@ -16,6 +16,7 @@ from isolator.images.inspect import check_foreign_image
 from isolator.images.lock import read_lock
 from isolator.model.errors import Forbidden, NotFound
 from isolator.model.image import ImageFacts
+from isolator.model.names import check_image_reference
 
 _log = logging.getLogger(__name__)
 _OUR_PYTHON = "/usr/bin/python3"
@@ -44,9 +45,10 @@ class ImageResolver:
         """The image a spawn names.
 
         Raises:
-            NotFound: `image_not_found`.
+            BadRequest: `image_invalid`. NotFound: `image_not_found`.
             Forbidden: `image_not_allowed` (with the digest to allow), `image_unsafe`, `image_unsupported`.
         """
+        check_image_reference(reference)
         pins = self.pins()
         name = reference.removesuffix(":latest")
         if name in pins:

@@ -19,7 +19,7 @@ from isolator.backends.docker.streams import iterate
 from isolator.model.errors import IsolatorError, Unavailable
 
 _log = logging.getLogger(__name__)
-_ENDINGS = ("die", "destroy", "oom")
+_ENDINGS = ("die", "destroy")
 _PAUSE_MOST = 5.0
 
 
@@ -33,9 +33,9 @@ class EngineWatch:
         *,
         on_up: Callable[[], Awaitable[None]],
         on_down: Callable[[], Awaitable[None]],
-        on_ending: Callable[[str], Awaitable[None]],
+        on_ending: Callable[[str], None],
     ) -> None:
-        """`on_ending(agent id)` when one of this instance's containers died or vanished."""
+        """`on_ending(agent id)` when one of this instance's containers died or vanished; it must not wait."""
         self._engine = engine
         self._instance = instance
         self._on_up = on_up
@@ -72,7 +72,7 @@ class EngineWatch:
             async for event in iterate(lambda: _EventStream(self._engine, self._instance)):
                 agent = (event.get("Actor", {}).get("Attributes") or {}).get("openclaw.agent", "")
                 if agent:
-                    await self._on_ending(agent)
+                    self._on_ending(agent)
         except IsolatorError as error:
             _log.warning("the engine's event stream ended: %s", error)
 

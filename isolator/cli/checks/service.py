@@ -9,7 +9,7 @@ from pathlib import Path
 
 from isolator.cli.checks.engine import image_present
 from isolator.cli.checks.finding import Facts, Finding, Level
-from isolator.client import Client, IsolatorClientError, SocketNotFound
+from isolator.client import Client, IsolatorClientError, SocketDenied, SocketNotFound
 from isolator.settings import Settings
 
 
@@ -36,7 +36,7 @@ def check_access(settings: Settings, socket: Path) -> list[Finding]:
     else:
         name = _group_name(facts.st_gid)
         findings.append(Finding("socket", "ok", f"{socket}, mode {mode:04o}, group {name}"))
-        findings.append(_caller(facts, name))
+        findings.append(_caller(facts, settings.socket_group if facts.st_gid == 0 else name))
     return findings
 
 
@@ -68,6 +68,8 @@ def _group_name(gid: int) -> str:
 
 def unanswered(error: IsolatorClientError) -> Finding:
     """The finding for a daemon that gave no info."""
+    if isinstance(error, SocketDenied):
+        return Finding("daemon", "weak", "not asked: you may not connect", "run doctor as root")
     if isinstance(error, SocketNotFound) and not error.path.exists():
         return Finding("daemon", "weak", "not running", "systemctl start isolator, or: isolator daemon")
     return Finding("daemon", "broken", f"does not answer: {error.detail}", "see its log: journalctl -u isolator")
@@ -108,6 +110,9 @@ def check_images(facts: Facts) -> list[Finding]:
     wanted = facts.settings.default_image
     try:
         known = _known_images(facts)
+    except PermissionError as error:
+        unread = f"not looked at: {error.filename} can't be read by you"
+        return [Finding("images", "weak", unread, "run doctor as root")]
     except _NoPinsError as error:
         return [Finding("images", "broken", str(error), "mend or rebuild it, as root: isolator image build")]
     build = "as root: isolator image build --if-missing"
@@ -138,9 +143,14 @@ def _known_images(facts: Facts) -> dict[str, bool | None]:
 
     settings = facts.settings
     try:
+        # The reader tells a file it may not open as unsafe; whether we may is asked first.
+        if settings.image_lock_path.stat().st_size:
+            settings.image_lock_path.open("rb").close()
         pins = read_lock(settings.image_lock_path)
-    except PermissionError as error:
-        raise _NoPinsError(f"{settings.image_lock_path} can't be read by you") from error
+    except FileNotFoundError:
+        return {}
+    except PermissionError:
+        raise
     except (IsolatorError, OSError) as error:
         raise _NoPinsError(error.detail if isinstance(error, IsolatorError) else str(error)) from error
     return {name: image_present(settings.docker_socket, digest) for name, digest in pins.items()}

@@ -1,0 +1,1 @@
+def measure(rig, rounds): raise RuntimeError("later")
