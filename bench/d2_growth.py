@@ -82,7 +82,12 @@ def measure(quick: bool) -> Table:
             verdict(f"spawn p50 at {many} over the one at {FEW}", ratio, MOST_SLOWER),
             verdict("threads an idle agent", (lots.threads - few.threads) / added, 0, ""),
             verdict("timers an idle agent", (lots.timers - few.timers) / added, 0, ""),
-            verdict("open files an idle agent (its socket: listening and connected)", (lots.files - few.files) / added, 2, ""),
+            verdict(
+                "open files an idle agent (its socket: listening and connected)",
+                (lots.files - few.files) / added,
+                2,
+                "",
+            ),
         ),
         (
             f"of which the engine itself (raw spawns): {engine_ratio:.2f}x; without it {ratio / engine_ratio:.2f}x",

@@ -1,1 +1,2 @@
-def measure(rig, rounds): raise RuntimeError("later")
+def measure(rig, rounds):
+    raise RuntimeError("later")

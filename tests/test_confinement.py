@@ -167,5 +167,3 @@ def test_a_flood_on_its_socket_disturbs_nobody(daemon: RunningDaemon) -> None:
     assert daemon.get(f"/v1/agents/{flooder['id']}").json["state"] == "running"
     # Its own guest still reports through the same socket.
     assert daemon.delete(f"/v1/agents/{flooder['id']}?grace=5").json["exit"]["signal"] == 15
-
-

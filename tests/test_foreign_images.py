@@ -63,9 +63,7 @@ def allowing(engine, image_pins, images: dict[str, str]) -> Iterator[RunningDaem
         yield running
 
 
-def test_a_foreign_image_is_refused_unless_its_digest_is_allowed(
-    daemon: RunningDaemon, images: dict[str, str]
-) -> None:
+def test_a_foreign_image_is_refused_unless_its_digest_is_allowed(daemon: RunningDaemon, images: dict[str, str]) -> None:
     body = {"team": team(daemon), "image": "isolator-test-foreign:steering", "command": ["true"]}
     answer = daemon.post("/v1/agents", body)
     assert (answer.status, answer.json["code"]) == (403, "image_not_allowed")

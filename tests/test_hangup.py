@@ -207,7 +207,9 @@ def test_dawdlers_on_many_connections_do_not_stop_others(daemon: RunningDaemon) 
     dawdlers = [knock(daemon) for _ in range(100)]
     try:
         for number, connection in enumerate(dawdlers):
-            connection.sendall(b"POST /v1/agents HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"[: 20 + number % 40])
+            connection.sendall(
+                b"POST /v1/agents HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"[: 20 + number % 40]
+            )
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda _: daemon.get("/v1/teams", timeout=5).status, range(40)))
         assert set(answers) == {200}

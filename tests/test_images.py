@@ -93,9 +93,7 @@ def test_bad_recipe_is_refused_by_key(addition, key):
     assert refusal.value.fields["key"] == key
 
 
-@pytest.mark.parametrize(
-    "text", [b"name = ", b"\xff\xfe", b"x" * 100_000, GOOD.replace(b"toy", b"other"), b""]
-)
+@pytest.mark.parametrize("text", [b"name = ", b"\xff\xfe", b"x" * 100_000, GOOD.replace(b"toy", b"other"), b""])
 def test_broken_recipe_is_refused(text):
     with pytest.raises(BadRequest):
         parse_recipe(text, folder="toy")
@@ -350,9 +348,7 @@ def test_layer_holds_no_privilege_and_no_litter(tmp_path):
 
 
 def test_only_listed_programs_stay(tmp_path):
-    recipe = parse_recipe(
-        TOY.replace(b"[bundles]", b'executables = ["/usr/bin/python3.*"]\n[bundles]'), folder="toy"
-    )
+    recipe = parse_recipe(TOY.replace(b"[bundles]", b'executables = ["/usr/bin/python3.*"]\n[bundles]'), folder="toy")
     layer = write_layer(_toy_tree(tmp_path / "1.tar", 1), tmp_path / "layer", recipe)
     with tarfile.open(layer.path) as archive:
         assert [m.name for m in archive if m.isreg() and m.mode & 0o111] == ["usr/bin/python3.11"]
@@ -373,10 +369,7 @@ def _nothing(_count):
 
 
 def _members(data):
-    return [
-        (m.name, m.kind, m.link)
-        for m in read_members(ChunkReader(iter([data[:700], b"", data[700:]]), _nothing))
-    ]
+    return [(m.name, m.kind, m.link) for m in read_members(ChunkReader(iter([data[:700], b"", data[700:]]), _nothing))]
 
 
 def _tar(members, fmt=tarfile.PAX_FORMAT):
@@ -509,9 +502,7 @@ def load(engine):
             }
         ).encode()
         tag = f"isolator-test/foreign-{os.urandom(6).hex()}:1"
-        manifest = [
-            {"Config": "c.json", "RepoTags": [tag], "Layers": [f"{n}/layer.tar" for n in range(len(blobs))]}
-        ]
+        manifest = [{"Config": "c.json", "RepoTags": [tag], "Layers": [f"{n}/layer.tar" for n in range(len(blobs))]}]
         files = [("c.json", config), ("manifest.json", json.dumps(manifest).encode())]
         files += [(f"{number}/layer.tar", blob) for number, blob in enumerate(blobs)]
         archive = _tar([(name, {"data": data}) for name, data in files])
@@ -659,10 +650,7 @@ def test_hostile_export_is_refused(data):
 def test_shared_and_compressed_layers_are_read():
     link = ("1/layer.tar", {"type": tarfile.SYMTYPE, "linkname": "../0/layer.tar"})
     manifest = [{"Layers": ["0/layer.tar", "1/layer.tar"]}]
-    assert (
-        check_foreign_image(_ExportsBytes(_export(PYTHON, manifest=manifest, extra=[link])), DIGEST).layers
-        == 2
-    )
+    assert check_foreign_image(_ExportsBytes(_export(PYTHON, manifest=manifest, extra=[link])), DIGEST).layers == 2
     packed = gzip.compress(_tar([*FOLDERS, *PYTHON]))
     assert check_foreign_image(_ExportsBytes(_export(packed)), DIGEST).python == "/usr/local/bin/python3"
     with pytest.raises(Forbidden):
@@ -698,12 +686,8 @@ def _built(engine, name):
 def _run(engine, image, command):
     """Exit code and output of a throw-away container."""
     api = engine.api
-    host = api.create_host_config(
-        network_mode="none", read_only=True, cap_drop=["ALL"], tmpfs={"/tmp": "size=64m"}
-    )
-    box = api.create_container(
-        image, command, host_config=host, environment={"HOME": "/tmp"}, working_dir="/tmp"
-    )
+    host = api.create_host_config(network_mode="none", read_only=True, cap_drop=["ALL"], tmpfs={"/tmp": "size=64m"})
+    box = api.create_container(image, command, host_config=host, environment={"HOME": "/tmp"}, working_dir="/tmp")
     try:
         api.start(box)
         code = api.wait(box, timeout=60)["StatusCode"]
@@ -744,9 +728,7 @@ def test_skill_image_runs_nothing_but_python(engine, skill_image):
     assert any("/ld-linux-" in path for path in programs)
     # The C library answers when the loader is asked to run it; it has no x bit and prints its version.
     harmless = ("/ld-linux-", "/libc.so.6")
-    assert {path for path in programs if not any(word in path for word in harmless)} == {
-        "/usr/bin/python3.11"
-    }
+    assert {path for path in programs if not any(word in path for word in harmless)} == {"/usr/bin/python3.11"}
 
 
 @pytest.mark.engine
@@ -777,9 +759,7 @@ def test_skill_image_python_works_and_cannot_shell_out(engine, skill_image):
 
 @pytest.mark.engine
 def test_byte_code_is_used(engine, skill_image):
-    code, output = _run(
-        engine, skill_image, ["/usr/bin/python3", "-I", "-S", "-v", "-c", "import json, asyncio, ssl"]
-    )
+    code, output = _run(engine, skill_image, ["/usr/bin/python3", "-I", "-S", "-v", "-c", "import json, asyncio, ssl"])
     loaded = [line for line in output.splitlines() if line.startswith("# code object from")]
     assert code == 0
     assert len(loaded) > 30

@@ -186,7 +186,9 @@ def test_what_a_command_leaves_behind_dies_with_it(daemon: RunningDaemon) -> Non
 
 
 def test_stdout_and_stderr_are_kept_apart(daemon: RunningDaemon) -> None:
-    script = "import sys\nfor n in range(3):\n  print('out', n, flush=True); print('err', n, file=sys.stderr, flush=True)"
+    script = (
+        "import sys\nfor n in range(3):\n  print('out', n, flush=True); print('err', n, file=sys.stderr, flush=True)"
+    )
     agent, _ = daemon.run(*PYTHON, script, team="lf-streams", network="none")
     path = f"/v1/agents/{agent['id']}/logs"
     framed = frames_of(daemon.get(f"{path}?format=frames").content)

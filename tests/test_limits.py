@@ -139,9 +139,7 @@ def test_ttl_ends_it_even_if_it_ignores_signals(daemon: RunningDaemon) -> None:
 
 def test_idle_ttl_ends_the_idle_and_not_the_busy(daemon: RunningDaemon) -> None:
     idle = daemon.spawn("sleep", "60", team=team(daemon), idle_ttl=1.5)
-    busy = daemon.spawn(
-        "python3", "-c", "while True: pass", team=team(daemon), idle_ttl=1.5, limits={"cpus": 0.3}
-    )
+    busy = daemon.spawn("python3", "-c", "while True: pass", team=team(daemon), idle_ttl=1.5, limits={"cpus": 0.3})
     assert daemon.wait(idle, 20)["exit"]["reason"] == "ttl"
     time.sleep(2.5)
     assert daemon.get(f"/v1/agents/{busy['id']}").json["state"] == "running"

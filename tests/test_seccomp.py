@@ -64,13 +64,10 @@ def test_every_group_and_row_says_why() -> None:
 
 def test_the_documented_table_is_the_profile() -> None:
     text = (Path(__file__).parent.parent / "docs" / "seccomp.md").read_text(encoding="utf-8")
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"
-    ]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     documented = [(row[0], row[1], row[2]) for row in cells if len(row) == 4][2:]  # past the heading
     fates = {
-        group.name: group.errno_name or ("by argument" if group.rows else "open")
-        for group in load_profile().groups
+        group.name: group.errno_name or ("by argument" if group.rows else "open") for group in load_profile().groups
     }
     assert documented == [(group.name, fates[group.name], group.why) for group in load_profile().groups]
     meanings = [row.meaning for group in load_profile().groups for row in group.rows]
@@ -170,9 +167,7 @@ def test_no_sub_architecture_and_nothing_allowed_by_default() -> None:
     assert {rule["action"] for rule in document["syscalls"]} == {"SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO"}
 
 
-@pytest.mark.parametrize(
-    "excluded", [(0,), (0xFFFF_FFFF,), (31,), (0x5412, 0x541C, 0x5423), (0x5412, 0x5413)]
-)
+@pytest.mark.parametrize("excluded", [(0,), (0xFFFF_FFFF,), (31,), (0x5412, 0x541C, 0x5423), (0x5412, 0x5413)])
 def test_none_of_covers_every_other_number_and_those_never(excluded: tuple[int, ...]) -> None:
     matches = Condition(1, none_of=excluded).matches()
 
@@ -192,9 +187,7 @@ def test_every_call_of_the_kernel_headers_is_decided() -> None:
     if not header.exists():
         pytest.skip("the kernel's headers are not installed")
     words = [line.split() for line in header.read_text().splitlines()]
-    names = {
-        word[1].removeprefix("__NR_") for word in words if len(word) == 3 and word[1].startswith("__NR_")
-    }
+    names = {word[1].removeprefix("__NR_") for word in words if len(word) == 3 and word[1].startswith("__NR_")}
     assert len(names) > 350
     assert names - {syscall for group in load_profile().groups for syscall in group.syscalls} == set()
 
@@ -287,9 +280,7 @@ def test_neighbours_of_closed_calls_stay_open(name: str, filtered: dict[str, str
 
 
 @pytest.mark.engine
-def test_a_filter_is_in_force_and_its_absence_is_seen(
-    filtered: dict[str, str], unfiltered: dict[str, str]
-) -> None:
+def test_a_filter_is_in_force_and_its_absence_is_seen(filtered: dict[str, str], unfiltered: dict[str, str]) -> None:
     assert (filtered["status"], unfiltered["status"]) == ("2", "0")
 
 

@@ -55,9 +55,7 @@ def write_docker_archive(
         separators=(",", ":"),
     ).encode()
     digest = hashlib.sha256(config).hexdigest()
-    manifest = [
-        {"Config": f"{digest}.json", "Layers": [f"{layer.diff_id}/layer.tar"], "RepoTags": list(tags)}
-    ]
+    manifest = [{"Config": f"{digest}.json", "Layers": [f"{layer.diff_id}/layer.tar"], "RepoTags": list(tags)}]
     with tarfile.open(target, mode="w", format=tarfile.GNU_FORMAT) as archive:
         _add_bytes(archive, f"{digest}.json", config)
         info = _header(f"{layer.diff_id}/layer.tar")

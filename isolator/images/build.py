@@ -134,9 +134,7 @@ def _unpack(
         return tree, write_layer(tree.tar, folder / "layer.tar", recipe, tree.packages, tree.dropped)
     except (OSError, KeyError, subprocess.SubprocessError, tarfile.TarError) as error:
         # A full disk, most of all.
-        raise BoxFailed(
-            "image_build_failed", f"{recipe.name}: {type(error).__name__}: {error}"[:500]
-        ) from error
+        raise BoxFailed("image_build_failed", f"{recipe.name}: {type(error).__name__}: {error}"[:500]) from error
 
 
 def recipe_digest(recipe: Recipe, packages: tuple[Package, ...]) -> str:
@@ -153,31 +151,18 @@ def _load(api: docker.APIClient, archive: DockerArchive, tags: tuple[str, ...], 
         with archive.path.open("rb") as content:
             for line in api.load_image(content, quiet=True) or ():
                 if "error" in line:
-                    raise BoxFailed(
-                        "image_build_failed", f"The engine refused the image: {line['error']}"[:500]
-                    )
+                    raise BoxFailed("image_build_failed", f"The engine refused the image: {line['error']}"[:500])
         found = [api.inspect_image(tag) for tag in tags]
     except APIError as error:
-        raise BoxFailed(
-            "image_build_failed", f"The engine refused the image: {error.explanation}"[:500]
-        ) from error
+        raise BoxFailed("image_build_failed", f"The engine refused the image: {error.explanation}"[:500]) from error
     except (DockerException, OSError) as error:
-        raise Unavailable(
-            "engine_unavailable", "The engine did not take the image. Is it running?"
-        ) from error
-    if (
-        len({image["Id"] for image in found}) != 1
-        or found[0]["Config"]["Labels"].get("isolator.recipe") != digest
-    ):
-        raise BoxFailed(
-            "image_build_failed", f"{tags[0]} is not the image that was loaded. Is another build running?"
-        )
+        raise Unavailable("engine_unavailable", "The engine did not take the image. Is it running?") from error
+    if len({image["Id"] for image in found}) != 1 or found[0]["Config"]["Labels"].get("isolator.recipe") != digest:
+        raise BoxFailed("image_build_failed", f"{tags[0]} is not the image that was loaded. Is another build running?")
     return str(found[0]["Id"])
 
 
 def _architecture() -> str:
     """Debian's name of the machine's architecture, which is the engine's too for amd64 and arm64."""
-    answer = subprocess.run(
-        ["dpkg", "--print-architecture"], capture_output=True, text=True, timeout=10, check=True
-    )
+    answer = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, timeout=10, check=True)
     return answer.stdout.strip()

@@ -79,9 +79,7 @@ class _Budget:
         if self.read > self.max_bytes:
             raise _too_large(f"more than {self.max_bytes} bytes")
         if time.monotonic() > self.deadline:
-            raise Unavailable(
-                "image_check_timeout", "The image's content could not be read in time. Try again."
-            )
+            raise Unavailable("image_check_timeout", "The image's content could not be read in time. Try again.")
 
     def entry(self, name: str, link: str) -> None:
         self.entries += 1
@@ -125,17 +123,13 @@ def check_foreign_image(
             raise NotFound("image_not_found", "The engine knows this ID under another one.")
         return _check(_export(api, image_id), image_id, budget, started)
     except ImageNotFound as error:
-        raise NotFound(
-            "image_not_found", "The engine has no image of this ID. Pull or load it first."
-        ) from error
+        raise NotFound("image_not_found", "The engine has no image of this ID. Pull or load it first.") from error
     except TarError as error:
         raise _unsafe("/", f"its archive has {error}") from error
     except TreeError as error:
         raise _unsafe(error.path, error.why) from error
     except (APIError, DockerException, RequestException, OSError) as error:
-        raise Unavailable(
-            "engine_unavailable", "The engine did not export the image. Is it running?"
-        ) from error
+        raise Unavailable("engine_unavailable", "The engine did not export the image. Is it running?") from error
 
 
 def _export(api: docker.APIClient, image_id: str) -> Iterator[bytes]:
@@ -191,9 +185,7 @@ def _read_json(member: Member) -> Any:
 
 def _layer_names(manifest: Any) -> list[str]:
     match manifest:
-        case [{"Layers": [*names]}] if 0 < len(names) <= _MAX_LAYERS and all(
-            isinstance(name, str) for name in names
-        ):
+        case [{"Layers": [*names]}] if 0 < len(names) <= _MAX_LAYERS and all(isinstance(name, str) for name in names):
             return [clean_path(name) for name in names]
     raise _unsafe("/", "its manifest names no layers, or those of several images")
 

@@ -83,9 +83,7 @@ def write_layer(
 
 
 def _collect(archive: tarfile.TarFile, recipe: Recipe, dropped: frozenset[str]) -> dict[str, _Entry]:
-    strip = re.compile(
-        "|".join(fnmatch.translate(pattern.lstrip("/")) for pattern in recipe.strip) or r"(?!)"
-    )
+    strip = re.compile("|".join(fnmatch.translate(pattern.lstrip("/")) for pattern in recipe.strip) or r"(?!)")
     contents = {_clean(member.name): member for member in archive.getmembers()}
     entries: dict[str, _Entry] = {}
     for path, member in sorted(contents.items()):
@@ -137,21 +135,15 @@ def _put_file(entries: dict[str, _Entry], path: str, data: bytes, mode: int = 0o
     entries[info.name] = _Entry(info, data=data)
 
 
-def _add(
-    entries: dict[str, _Entry], archive: tarfile.TarFile, recipe: Recipe, packages: Iterable[Package]
-) -> None:
+def _add(entries: dict[str, _Entry], archive: tarfile.TarFile, recipe: Recipe, packages: Iterable[Package]) -> None:
     for path in recipe.directories:
         owner = AGENT_UID if path == "/workspace" else 0
         entries[path.lstrip("/")] = _Entry(_folder(path.lstrip("/"), owner=owner))
     for path, pattern in recipe.bundles:
         parts = fnmatch.filter(sorted(entries), pattern.lstrip("/"))
         if not parts:
-            raise BoxFailed(
-                "image_build_failed", f"{recipe.name}: nothing matches {pattern}, wanted for {path}."
-            )
-        _put_file(
-            entries, path, b"".join(_bytes(entries[part], archive).rstrip(b"\n") + b"\n" for part in parts)
-        )
+            raise BoxFailed("image_build_failed", f"{recipe.name}: nothing matches {pattern}, wanted for {path}.")
+        _put_file(entries, path, b"".join(_bytes(entries[part], archive).rstrip(b"\n") + b"\n" for part in parts))
     for path, linkname in recipe.links:
         info = tarfile.TarInfo(path.lstrip("/"))
         info.type, info.linkname, info.mode, info.mtime = tarfile.SYMTYPE, linkname, 0o777, EPOCH

@@ -116,9 +116,7 @@ def build_rootfs(
                 tool=tool,
             )
     if os.geteuid() != 0:
-        raise Unavailable(
-            "image_builder_needs_root", "Images are built as root: files in them belong to root."
-        )
+        raise Unavailable("image_builder_needs_root", "Images are built as root: files in them belong to root.")
     sources = folder / "sources.list"
     sources.write_text("\n".join(find_sources(recipe.suite)) + "\n")
     target, scratch = folder / "rootfs.tar", folder / "tmp"
@@ -147,11 +145,7 @@ def build_rootfs(
         "ISOLATOR_CACHE": str(cache),
         "ISOLATOR_OUT": str(folder),
         "ISOLATOR_COMPILE": _COMPILE,
-        **{
-            key: value
-            for key, value in os.environ.items()
-            if key.lower() in {"http_proxy", "https_proxy", "no_proxy"}
-        },
+        **{key: value for key, value in os.environ.items() if key.lower() in {"http_proxy", "https_proxy", "no_proxy"}},
     }
     _run_child(command, environment, progress, timeout)
     packages, dropped = _read_packages(folder / "debs", cache, frozenset(recipe.drop_packages))
@@ -213,9 +207,7 @@ def _end_group(child: subprocess.Popen[str]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _read_packages(
-    listing: Path, cache: Path, drop: frozenset[str]
-) -> tuple[tuple[Package, ...], frozenset[str]]:
+def _read_packages(listing: Path, cache: Path, drop: frozenset[str]) -> tuple[tuple[Package, ...], frozenset[str]]:
     kept: list[Package] = []
     dropped: set[str] = set()
     for name in sorted(set(listing.read_text().split())):

@@ -10,7 +10,7 @@ import socket
 
 
 def attempt(action):
-    """"done", or the errno's name: the kernel's own word about why not."""
+    """ "done", or the errno's name: the kernel's own word about why not."""
     try:
         action()
     except OSError as error:
@@ -79,20 +79,45 @@ print(
             "writes": {
                 path: attempt(lambda path=path: write(path))
                 for path in (
-                    "/new", "/etc/passwd", "/usr/bin/new", "/var/new", "/home/new", "/root/new", "/run/new",
-                    "/run/isolator/new", "/run/isolator/guest.py", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger",
-                    "/proc/self/oom_score_adj_", "/sys/power/state", "/tmp/new", "/dev/shm/new", "/dev/new",
+                    "/new",
+                    "/etc/passwd",
+                    "/usr/bin/new",
+                    "/var/new",
+                    "/home/new",
+                    "/root/new",
+                    "/run/new",
+                    "/run/isolator/new",
+                    "/run/isolator/guest.py",
+                    "/proc/sys/kernel/core_pattern",
+                    "/proc/sysrq-trigger",
+                    "/proc/self/oom_score_adj_",
+                    "/sys/power/state",
+                    "/tmp/new",
+                    "/dev/shm/new",
+                    "/dev/new",
                 )
             },
             "reads": {
                 path: text(path)[:80]
                 for path in (
-                    "/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/cmdline", "/proc/interrupts", "/proc/version",
+                    "/proc/kcore",
+                    "/proc/keys",
+                    "/proc/timer_list",
+                    "/proc/cmdline",
+                    "/proc/interrupts",
+                    "/proc/version",
                 )
             },
             "listings": {
                 path: len(os.listdir(path))
-                for path in ("/sys/fs/cgroup", "/sys/firmware", "/sys/kernel", "/sys/class", "/proc/acpi", "/sys/module")
+                for path in (
+                    "/sys/fs/cgroup",
+                    "/sys/firmware",
+                    "/sys/kernel",
+                    "/sys/class",
+                    "/proc/acpi",
+                    "/sys/module",
+                )
                 if os.path.isdir(path)
             },
             "pids": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
@@ -100,9 +125,7 @@ print(
             "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")},
             "core": resource.getrlimit(resource.RLIMIT_CORE),
             "nofile": resource.getrlimit(resource.RLIMIT_NOFILE),
-            "lower_oom_score": attempt(
-                lambda: os.write(os.open("/proc/self/oom_score_adj", os.O_WRONLY), b"-1000")
-            ),
+            "lower_oom_score": attempt(lambda: os.write(os.open("/proc/self/oom_score_adj", os.O_WRONLY), b"-1000")),
             "chown": attempt(lambda: os.chown("/tmp/true", 0, 0)),
             "setuid": attempt(lambda: os.setuid(0)),
             "chroot": attempt(lambda: os.chroot("/tmp")),

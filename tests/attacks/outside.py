@@ -11,7 +11,9 @@ def answer_names():
         while True:
             query, asker = server.recvfrom(512)
             record = b"\xc0\x0c\x00\x01\x00\x01\x00\x00\x00\x05\x00\x04\xc0\x00\x02\x01"
-            server.sendto(query[:2] + b"\x81\x80" + query[4:6] + b"\x00\x01\x00\x00\x00\x00" + query[12:] + record, asker)
+            server.sendto(
+                query[:2] + b"\x81\x80" + query[4:6] + b"\x00\x01\x00\x00\x00\x00" + query[12:] + record, asker
+            )
 
 
 threading.Thread(target=answer_names, daemon=True).start()

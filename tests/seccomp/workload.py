@@ -68,9 +68,7 @@ def check_shared_memory() -> None:
 
 def check_subprocess() -> None:
     assert (
-        subprocess.run(
-            [sys.executable, "-c", "print(6*7)"], capture_output=True, timeout=10, check=True
-        ).stdout
+        subprocess.run([sys.executable, "-c", "print(6*7)"], capture_output=True, timeout=10, check=True).stdout
         == b"42\n"
     )
 
@@ -138,9 +136,7 @@ def check_unix_socket_passes_descriptors() -> None:
 
 
 def check_names_and_interfaces() -> None:
-    assert ("127.0.0.1", 80) in [
-        entry[4] for entry in socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
-    ]
+    assert ("127.0.0.1", 80) in [entry[4] for entry in socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)]
     assert "lo" in [name for _, name in socket.if_nameindex()]
 
 
@@ -186,9 +182,7 @@ def check_pidfd() -> None:
 def check_terminal() -> None:
     child, master = pty.fork()
     if child == 0:
-        os.execvp(
-            sys.executable, [sys.executable, "-c", "import os; print(os.isatty(0), *os.get_terminal_size())"]
-        )
+        os.execvp(sys.executable, [sys.executable, "-c", "import os; print(os.isatty(0), *os.get_terminal_size())"])
     text = os.read(master, 1024)
     os.waitpid(child, 0)
     assert text.startswith(b"True"), text
