@@ -61,6 +61,34 @@ def ears(address: str = "0.0.0.0") -> Iterator[int]:
         udp.close()
 
 
+@contextlib.contextmanager
+def names_answered(address: str) -> Iterator[list[bytes]]:
+    """A resolver on the host at `address` port 53 that answers every question with 192.0.2.1; what it was asked."""
+    asked: list[bytes] = []
+    record = b"\xc0\x0c\x00\x01\x00\x01\x00\x00\x00\x05\x00\x04\xc0\x00\x02\x01"
+    stopping = threading.Event()
+
+    def answer() -> None:
+        while not stopping.is_set():
+            with contextlib.suppress(OSError):
+                query, asker = link.recvfrom(512)
+                asked.append(query)
+                end = query.index(b"\0", 12) + 5
+                head = query[:2] + b"\x81\x80\x00\x01\x00\x01\x00\x00\x00\x00"
+                link.sendto(head + query[12:end] + record, asker)
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as link:
+        link.bind((address, 53))
+        link.settimeout(0.2)
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        try:
+            yield asked
+        finally:
+            stopping.set()
+            thread.join(2)
+
+
 def plainly(engine: Any, task: dict[str, Any], **options: Any) -> dict[str, Any]:
     """The same program in an ordinary container, as a twin that shows what an engine allows by default."""
     output = engine.containers.run(

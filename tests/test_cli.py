@@ -493,7 +493,7 @@ def complete(server: StandIn, words: str) -> list[str]:
     ran = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=20, check=False
     )
-    return [line.partition(",")[2] for line in ran.stdout.splitlines()]
+    return [line.partition(",")[2] for line in ran.stdout.splitlines() if line]
 
 
 def test_completion_offers_commands_agents_and_teams(run: Run, server: StandIn) -> None:
@@ -517,11 +517,11 @@ def test_completion_is_quiet_and_quick_when_the_daemon_hangs(server: StandIn) ->
 
 
 def test_config_show_tells_where_a_value_comes_from(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "c.toml").write_text('max_pids = 77\nmax_memory = "1g"\n')
+    (folder / "c.toml").write_text('max_pids = 770\nmax_memory = "1g"\n')
     monkeypatch.setenv("ISOLATOR_CONFIG", str(folder / "c.toml"))
     monkeypatch.setenv("ISOLATOR_MAX_MEMORY", "2g")
     settings = json.loads(run("config", "show", "--json").stdout)["settings"]
-    assert settings["max_pids"] == {"value": 77, "origin": "file"}
+    assert settings["max_pids"] == {"value": 770, "origin": "file"}
     assert settings["max_memory"] == {"value": 2**31, "origin": "env"}
     assert settings["max_agents"]["origin"] == "default"
     everything = run("config", "show", "--all").stdout
@@ -531,15 +531,15 @@ def test_config_show_tells_where_a_value_comes_from(run: Run, folder: Path, monk
 
 def test_config_check_names_unknown_keys(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = folder / "c.toml"
-    file.write_text("max_pids = 77\n")
+    file.write_text("max_pids = 770\n")
     assert run("config", "check", str(file)).exit_code == 0
     file.write_text("max_pidz = 77\nmax_pids = 1\n")
     # The environment's good value must not hide the file's bad one.
-    monkeypatch.setenv("ISOLATOR_MAX_PIDS", "99")
+    monkeypatch.setenv("ISOLATOR_MAX_PIDS", "990")
     result = run("config", "check", str(file), "--json")
     assert result.exit_code == 1
     assert [problem.partition(":")[0] for problem in json.loads(result.stdout)["problems"]] == ["max_pids", "max_pidz"]
-    assert os.environ["ISOLATOR_MAX_PIDS"] == "99"
+    assert os.environ["ISOLATOR_MAX_PIDS"] == "990"
     file.write_text("max_pids = [")
     assert run("config", "check", str(file)).exit_code == 1
     assert run("config", "check", str(folder / "none.toml")).exit_code == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from isolator.agents.builder import BoxBuilder
 from isolator.agents.channel import Channel, create_folder
 from isolator.backends.base import Backend, ImageResolver
+from isolator.host.addresses import host_networks
 from isolator.model.errors import Conflict, IsolatorError
 from isolator.model.identity import Principal
 from isolator.model.names import new_agent_id
@@ -59,20 +60,32 @@ class SelfTestLaboratory:
 
     async def network(self, team: str) -> str:
         """A throw-away network; its subnet is cut from the end of the pool, away from where teams begin."""
-        taken = self._taken() | {item.subnet for item in self._teams.values()}
+        taken = self._taken() | {item.subnet for item in self._teams.values()} | host_networks()
         for _ in range(_SUBNET_TRIES):
             subnet = free_subnet(self._settings.subnet_pool, self._settings.subnet_prefix, taken)
             try:
-                daemon = self._facts("").daemon
-                await self._backend.ensure_network(team, subnet, "isolator", daemon)
+                await self._make_network(Team(team, "isolator", subnet, time.time()))
             except Conflict as conflict:
                 if conflict.code != "subnet_taken":
                     raise
                 taken.add(subnet)
                 continue
-            self._teams[team] = Team(team, "isolator", subnet, time.time())
             return subnet
         raise Conflict("subnet_taken", "no piece of the subnet pool is free on this engine")
+
+    async def _make_network(self, team: Team) -> None:
+        """Also when cancelled, return only when the engine has answered: `clear` then knows what there is."""
+        daemon = self._facts("").daemon
+        making = asyncio.create_task(self._backend.ensure_network(team.id, team.subnet, team.owner, daemon))
+        self._teams[team.id] = team
+        try:
+            await asyncio.shield(making)
+        except asyncio.CancelledError:
+            await asyncio.wait({making})
+            raise
+        except BaseException:
+            del self._teams[team.id]
+            raise
 
     async def hold(self, team: str, name: str, command: list[str]) -> str:
         """Start a box and return its address in the team's network."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from isolator.agents.channel import Channel
 from isolator.model.agent import Agent, Reason
-from isolator.model.team import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +21,13 @@ class Report:
 
 @dataclass(slots=True)
 class LiveAgent:
-    """One agent.
-
-    `cause` is why we ended it, if we did; `lock` orders stop, finish and cleanup; `made_team` is the team its spawn
-    had to create, which goes again if the caller never hears of the agent.
-    """
+    """One agent. `cause` is why we ended it, if we did; `lock` orders spawn, stop, finish and cleanup."""
 
     record: Agent
     channel: Channel | None = None
     report: Report | None = None
     cause: Reason | None = None
     detail: str | None = None
-    made_team: Team | None = None
     touched_at: float = field(default_factory=time.time)
     cpu_seconds: float = 0.0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

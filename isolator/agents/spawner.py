@@ -89,6 +89,8 @@ class Spawner:
         self._guarantees = guarantees
         self._under_way: dict[str, asyncio.Task[Agent]] = {}
         self._abandoning: dict[str, asyncio.Task[None]] = {}
+        # Teams that a spawn had to make, until somebody has been told of an agent in them.
+        self._provisional: dict[str, Team] = {}
         self._keys: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._ensuring: dict[tuple[str, str], asyncio.Lock] = {}
         self._roots = [PurePosixPath(os.path.realpath(root)) for root in settings.workspace_roots]
@@ -197,7 +199,9 @@ class Spawner:
             self._keys[key[0], key[1]] = task
         task.add_done_callback(lambda done: self._forget(agent_id, key, done))
         try:
-            return await asyncio.shield(task)
+            agent = await asyncio.shield(task)
+            self._provisional.pop(agent.spec.team, None)
+            return agent
         except asyncio.CancelledError:
             abandoning = asyncio.create_task(self._abandon(agent_id, task))
             self._abandoning[agent_id] = abandoning
@@ -224,7 +228,7 @@ class Spawner:
         with contextlib.suppress(IsolatorError):
             await self._lifecycle.stop(live, None, 0.0)
             await self._store.delete_agent(agent_id)
-        await self._undo_team(live.made_team)
+        await self._undo_team(live.record.spec.team)
 
     async def settle(self, timeout: float) -> None:
         """Wait for the spawns under way, at most `timeout` seconds."""
@@ -232,10 +236,14 @@ class Spawner:
         if work:
             await asyncio.wait(work, timeout=timeout)
 
-    async def _undo_team(self, team: Team | None) -> None:
-        if team is not None and not any(live.record.spec.team == team.id for live in self._lifecycle.live()):
-            with contextlib.suppress(IsolatorError):
-                await self._teams.unmake(team)
+    async def _undo_team(self, team_id: str) -> None:
+        """Unmake a team that only spawns made which came to nothing: the last of them takes it along."""
+        team = self._provisional.get(team_id)
+        if team is None or any(live.record.spec.team == team_id for live in self._lifecycle.live()):
+            return
+        with contextlib.suppress(IsolatorError):
+            if await self._teams.unmake(team):
+                self._provisional.pop(team_id, None)
 
     async def _spawn(
         self,
@@ -246,7 +254,6 @@ class Spawner:
         caller: Principal,
         key: tuple[str, str, str] | None,
     ) -> Agent:
-        made_team: Team | None = None
         try:
             async with asyncio.timeout(self._settings.spawn_timeout):
                 refuse_unbuilt(request)
@@ -258,13 +265,11 @@ class Spawner:
                     if spec.network == "team":
                         await self._proof.require(self._settings.network_proof_timeout)
                     if await self._teams.realise(team, caller):
-                        made_team = team
+                        self._provisional[team.id] = team
                     async with self._teams.using(team.id):
-                        live = await self._build(spec, held, secrets, caller, key)
-                        live.made_team = made_team
-                        return live.record
+                        return (await self._build(spec, held, secrets, caller, key)).record
                 except BaseException:
-                    await asyncio.shield(self._undo_team(made_team))
+                    await asyncio.shield(self._undo_team(team.id))
                     raise
                 finally:
                     close_all(held)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from isolator.agents.events import EventHub
 from isolator.audit.log import AuditLog
 from isolator.backends.base import Backend
+from isolator.host.addresses import host_networks
 from isolator.model.errors import Conflict, IsolatorError, NotFound, TooMany
 from isolator.model.identity import Principal
 from isolator.model.names import check_name
@@ -121,7 +122,8 @@ class Teams:
         raise TooMany("subnets_exhausted", "Too many subnets of the pool are in use elsewhere on this engine.")
 
     def _reserve(self) -> str:
-        taken: Collection[str] = self._foreign | self._reserved | {team.subnet for team in self._teams.values()}
+        own = {team.subnet for team in self._teams.values()}
+        taken: Collection[str] = self._foreign | self._reserved | own | host_networks()
         subnet = free_subnet(self._pool, self._prefix, taken)
         self._reserved.add(subnet)
         return subnet
@@ -151,14 +153,17 @@ class Teams:
             raise Conflict("team_exists", f"A team {team.id} of another user appeared meanwhile.")
         return created
 
-    async def unmake(self, team: Team) -> None:
-        """Delete again a team that was made for a spawn that failed, if nobody else uses it by now."""
-        if team.id not in self._teams or self._users[team.id]:
-            return
+    async def unmake(self, team: Team) -> bool:
+        """Delete again a team that was made for a spawn that failed; False if somebody else uses it by now."""
+        if self._users[team.id]:
+            return False
+        if team.id not in self._teams:
+            return True
         intent = await self._audit.intent("team.delete", None, team=team.id)
         async with self.deleting(team):
             await self.forget(team)
         await self._audit.outcome(intent, "team.delete", "undone", team=team.id)
+        return True
 
     @contextlib.asynccontextmanager
     async def using(self, team_id: str) -> AsyncIterator[None]:

@@ -26,6 +26,8 @@ from isolator.model.errors import Forbidden, Internal, IsolatorError, NotFound, 
 _log = logging.getLogger(__name__)
 _BACKLOG = 256
 _SHUTDOWN = 5.0
+# How long the rest of a refused request is still read, so that its sender gets to read the answer.
+_LINGER = 1.0
 
 
 def build_application(parts: Parts) -> web.Application:
@@ -118,6 +120,7 @@ class ApiServer:
             handler_cancellation=True,
             keepalive_timeout=parts.settings.request_timeout,
             shutdown_timeout=_SHUTDOWN,
+            lingering_time=_LINGER,
             auto_decompress=False,
         )
         self._servers: list[asyncio.Server] = []

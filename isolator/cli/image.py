@@ -92,7 +92,8 @@ def _saying(session: Session, progress: Progress) -> Any:
     """What to call with a build's lines: one moving line at a terminal, plain ones in a log, or nothing."""
     if session.json:
         return lambda _: None
-    return progress.say if sys.stderr.isatty() else note
+    # The moving line counts the seconds itself.
+    return (lambda line: progress.say(line.rpartition(" (")[0] or line)) if sys.stderr.isatty() else note
 
 
 def _make_folder(folder: Path) -> None:

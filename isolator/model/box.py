@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from isolator.model.limits import Limits
@@ -99,7 +99,7 @@ class BoxSpec:
 
     def meaning(self) -> dict[str, Any]:
         """What the request meant, without what differs from one build of it to the next."""
-        whole = asdict(self)
+        whole = plain(self)
         for volatile in ("agent", "labels", "guest_source"):
             del whole[volatile]
         if self.name == self.agent:
@@ -107,16 +107,22 @@ class BoxSpec:
         if self.hostname == self.agent:
             del whole["hostname"]
         whole["environment"] = {name: value for name, value in self.environment if name != "ISOLATOR_AGENT"}
+        whole["mounts"] = [plain(mount) for mount in self.mounts]
         for mount in whole["mounts"]:
             for volatile in ("staged", "device", "inode"):
                 del mount[volatile]
-        result: dict[str, Any] = json.loads(json.dumps(whole))
+        result: dict[str, Any] = json.loads(json.dumps(whole, default=plain))
         return result
 
     def digest(self) -> str:
         """`sha256:` of the meaning: two equal requests under equal settings have equal digests."""
         text = json.dumps(self.meaning(), sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(record: Any) -> dict[str, Any]:
+    """A dataclass's fields by name; `json.dumps(..., default=plain)` writes what `asdict` would, without its copies."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def differing_fields(left: dict[str, Any], right: dict[str, Any]) -> list[str]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 from isolator.model.agent import Agent, Exit
-from isolator.model.box import BoxMount, BoxSpec, Scratch, SecretRef
+from isolator.model.box import BoxMount, BoxSpec, Scratch, SecretRef, plain
 from isolator.model.limits import Limits
 
 
 def dump_agent(agent: Agent) -> str:
     """One agent as JSON text."""
-    return json.dumps(asdict(agent), separators=(",", ":"))
+    return json.dumps(agent, default=plain, separators=(",", ":"))
 
 
 def load_agent(text: str) -> Agent:
@@ -25,7 +24,7 @@ def load_agent(text: str) -> Agent:
 
 
 def load_spec(spec: dict[str, Any]) -> BoxSpec:
-    """A BoxSpec from its `asdict` form."""
+    """A BoxSpec from its JSON form."""
     spec = dict(spec)
     spec["limits"] = Limits(**spec["limits"])
     spec["mounts"] = tuple(BoxMount(**item) for item in spec["mounts"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 
+from isolator.model.errors import Unavailable
+
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE team (
@@ -53,12 +55,13 @@ def migrate(connection: sqlite3.Connection) -> None:
     """Bring the database to today's schema, one transaction a step.
 
     Raises:
-        RuntimeError: it was written by a newer isolator.
+        Unavailable: `store_newer`.
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
-        raise RuntimeError(
-            f"the database is of a newer isolator (schema {version}); upgrade, or name another state_dir"
+        raise Unavailable(
+            "store_newer",
+            f"The database is of a newer isolator (schema {version}). Upgrade isolator, or name another state_dir.",
         )
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")

@@ -42,7 +42,7 @@ class Store:
         """Open or create the database.
 
         Raises:
-            RuntimeError: written by a newer isolator. sqlite3.Error: damaged or unreadable.
+            Unavailable: `store_newer` (written by a newer isolator), `store_damaged` (or unreadable).
         """
         thread = ThreadPoolExecutor(1, thread_name_prefix="isolator-store")
 
@@ -55,7 +55,14 @@ class Store:
             migrate(connection)
             return connection
 
-        return cls(await asyncio.get_running_loop().run_in_executor(thread, connect), thread, events_kept)
+        try:
+            connection = await asyncio.get_running_loop().run_in_executor(thread, connect)
+        except (sqlite3.Error, OSError) as error:
+            raise Unavailable(
+                "store_damaged",
+                f"{path} can't be opened: {error}. Move it away to start anew; agents that run are then removed.",
+            ) from error
+        return cls(connection, thread, events_kept)
 
     async def close(self) -> None:
         """Finish what was asked and close."""
@@ -66,7 +73,9 @@ class Store:
         def guarded() -> Result:
             try:
                 return function()
-            except sqlite3.OperationalError as error:
+            except sqlite3.IntegrityError:
+                raise
+            except sqlite3.DatabaseError as error:
                 raise Unavailable("store_unavailable", f"The database can't be written or read: {error}.") from error
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)

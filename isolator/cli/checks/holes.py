@@ -22,8 +22,8 @@ _BY_VERSION: Final = " By version only; distributions patch without changing the
 class Hole:
     """One hole (or several with one cure).
 
-    repaired: first version without it, for each line of releases, oldest line first. A version older than the
-    first, or in a later line but before its repair, has the hole.
+    repaired: first version without it in each line of releases (1.2, 1.3, …), oldest line first. Lines newer than
+    the last never had it; any other line that is not named was never repaired.
     closed: isolator itself leaves no way to it.
     """
 
@@ -36,8 +36,8 @@ class Hole:
 
     def concerns(self, version: Version) -> bool:
         """Whether this version has it, by its number."""
-        lines = [fix for fix in self.repaired if fix[:2] <= version[:2]]
-        return version < (lines[-1] if lines else self.repaired[0])
+        own = [fix for fix in self.repaired if fix[:2] == version[:2]]
+        return version < (own or self.repaired)[-1]
 
 
 HOLES: Final = (
