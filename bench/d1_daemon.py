@@ -88,7 +88,8 @@ def cpu_share(rig: Rig, seconds: float) -> float:
     before = rig.daemon.cpu_times()
     time.sleep(seconds)
     after = rig.daemon.cpu_times()
-    return 100 * (after.user + after.system - before.user - before.system) / seconds
+    used = (after.user - before.user) + (after.system - before.system)
+    return max(0.0, 100 * used / seconds)
 
 
 def await_adopted(rig: Rig, agents: int, seconds: float = 60) -> None:

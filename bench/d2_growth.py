@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from d1_daemon import rss, settle
 from measure import Samples, Table, milliseconds, verdict
-from rig import TEAM, Rig, running_rig, warm_up
+from raw_side import TEAM
+from rig import Rig, running_rig, warm_up
 
 MOST_GROWTH, MOST_SLOWER = 100.0, 1.15
 FEW = 10
@@ -107,9 +108,8 @@ def spawns(rig: Rig, rounds: int, when: str) -> tuple[Samples, Samples]:
     """Our spawns and raw ones in turn."""
     ours, raw = Samples(f"isolator spawn {when}"), Samples(f"raw spawn {when}")
     for _ in range(rounds):
-        rig.stop(str(ours.timed(rig.spawn)))
-        body = rig.raw_body()
-        rig.raw_remove(str(raw.timed(lambda body=body: rig.raw_spawn(body))))
+        rig.stop(ours.timed(rig.spawn))
+        rig.raw.remove(raw.timed(rig.raw.spawn, rig.raw.body()))
     return ours, raw
 
 

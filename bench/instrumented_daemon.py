@@ -101,7 +101,7 @@ class Recorder:
     def write_loop(self, *_: object) -> None:
         """SIGUSR2: the loop's timers that are not cancelled, and its tasks."""
         loop = asyncio.get_running_loop()
-        timers = [timer for timer in loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+        timers = [timer for timer in loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]  # noqa: SLF001
         self._file.write(json.dumps({"timers": len(timers), "tasks": len(asyncio.all_tasks(loop))}) + "\n")
 
 

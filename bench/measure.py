@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -38,13 +41,13 @@ class Samples:
         """The 95th percentile, seconds."""
         return self.quantile(0.95)
 
-    def timed(self, act: Callable[[], object]) -> object:
-        """Run `act`, keep how long it took, return what it returned."""
+    def timed(self, act: Callable[..., Result], *arguments: Any) -> Result:
+        """Run `act(*arguments)`, keep how long it took, return what it returned."""
         # A collection of the bench's own garbage belongs to neither side.
         gc.disable()
         try:
             began = time.perf_counter()
-            result = act()
+            result = act(*arguments)
             self.seconds.append(time.perf_counter() - began)
         finally:
             gc.enable()
@@ -53,7 +56,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Table:
-    """One printed table. `verdicts` are whole lines, each starting with "reached" or "missed" where a target is named."""
+    """One printed table. `verdicts` are whole lines that start with "reached" or "missed"."""
 
     key: str
     title: str

@@ -26,10 +26,10 @@ def measure(quick: bool) -> Table:
         steps: dict[tuple[str, str], Samples] = {}
         for _ in range(rounds):
             before = output.stat().st_size
-            agent = str(ours.timed(rig.spawn))
+            agent = ours.timed(rig.spawn)
             collect(steps, "spawn", output, before)
             before = output.stat().st_size
-            stop.timed(lambda agent=agent: rig.stop(agent))
+            stop.timed(rig.stop, agent)
             collect(steps, "stop", output, before)
             raw(rig, create, start)
     floor = create.p50 + start.p50
@@ -59,8 +59,7 @@ def collect(steps: dict[tuple[str, str], Samples], act: str, output: Path, offse
 
 def raw(rig: Rig, create: Samples, start: Samples) -> None:
     """One raw create and start, timed apart."""
-    body = rig.raw_body()
-    made = str(create.timed(lambda: rig.engine.create_container_from_config(body))["Id"])  # type: ignore[index]
-    rig.raw_made.append(made)
-    start.timed(lambda: rig.engine.start(made))
-    rig.raw_remove(made)
+    made = create.timed(rig.engine.create_container_from_config, rig.raw.body())["Id"]
+    rig.raw.made.append(made)
+    start.timed(rig.engine.start, made)
+    rig.raw.remove(made)

@@ -1,14 +1,8 @@
-"""The bench's own daemon, the raw side it is compared with, and their removal whatever happens.
-
-The raw side is the Docker SDK called as plainly and as fast as it can be: the very body our Docker backend sends
-for the same spec, rendered before the clock starts, on the same network, over a connection that is already open,
-with nothing checked. What our side pays beyond it is what a spawn through isolator costs.
-"""
+"""The bench's own daemon in folders of its own, and the removal of all that a run made, whatever ends it."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import http.client
 import json
 import os
@@ -21,30 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import docker
 import docker.errors
 import psutil
-
-from isolator.agents.channel import create_folder
-from isolator.backends.docker.render import render
-from isolator.model.identity import Principal
-from isolator.model.image import ImageFacts
-from isolator.model.request import SpawnRequest
-from isolator.model.team import Team
-from isolator.policy.compile import SpawnFacts, compile_box
-from isolator.seccomp import load_profile
-from isolator.settings import Settings
+from raw_side import TEAM, RawSide, spawn_body
 
 ENGINE_SOCKET = Path("/var/run/docker.sock")
 IMAGES = ("isolator/agent-python", "isolator/agent-node", "isolator/skill")
-SLEEP = ["sleep", "3600"]
-TEAM = "bench"
-# The bench asks for many small boxes; what is measured does not depend on their caps.
-LIMITS = {"memory": "64m", "pids": 32}
 _KEPT_OPEN = 5.0
 _BENCH = Path(__file__).resolve().parent
 
@@ -82,8 +63,8 @@ class Rig:
     instance: str
     engine: docker.APIClient
     image: str
+    raw: RawSide
     process: subprocess.Popen[bytes] | None = None
-    raw_made: list[str] = field(default_factory=list)
     _api: Connection | None = None
 
     @property
@@ -204,70 +185,6 @@ class Rig:
     def drop_team(self, team: str) -> None:
         self.api.ask("DELETE", f"/v1/teams/{team}")
 
-    # the raw side
-
-    def raw_body(self, team: str = TEAM, *, guest: bool = False) -> dict[str, Any]:
-        """The create call's body of the spec our side builds for `spawn`, its network included.
-
-        Its entrypoint is `sleep`; with `guest`, our PID 1, which then waits for a daemon that never comes.
-        """
-        settings = Settings(
-            instance=self.instance,
-            runtime_dir=self.home / "raw",
-            state_dir=self.home / "state",
-        )
-        agent = f"raw{secrets.token_hex(6)}"
-        folder = settings.runtime_dir / "agents" / "shared"
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            create_folder(folder)
-        record = self.engine.inspect_image(self.image)
-        variables = tuple(
-            (name, value) for name, _, value in (item.partition("=") for item in record["Config"]["Env"] or [])
-        )
-        profile = load_profile()
-        facts = SpawnFacts(
-            agent=agent,
-            now=time.time(),
-            mounts=(),
-            image=ImageFacts("isolator/agent-python", self.image, "/usr/bin/python3", variables),
-            seccomp=profile.digest,
-            host_cpus=os.cpu_count() or 1,
-            daemon="bench",
-        )
-        request = SpawnRequest.model_validate(spawn_body(team))
-        caller = Principal(uid=0, gid=0, groups=(0,), pid=os.getpid(), is_admin=True)
-        spec = compile_box(request, None, caller, Team(team, "uid:0", "", 0.0), facts, settings)
-        body = copy.deepcopy(render(spec, profile.docker_json(), self.engine._version))
-        body["HostConfig"]["Mounts"][0]["Source"] = str(folder)
-        # Not our daemon's boxes: its reconcile must leave them alone. `bench` finds them for the sweep.
-        body["Labels"]["isolator.instance"] = f"{self.instance}-raw"
-        if not guest:
-            body["Entrypoint"], body["Cmd"] = ["/bin/sleep", "3600"], []
-        return body
-
-    def raw_spawn(self, body: dict[str, Any], client: docker.APIClient | None = None) -> str:
-        """Create and start; the container's id."""
-        client = client or self.engine
-        made = str(client.create_container_from_config(body, f"bench-raw-{secrets.token_hex(8)}")["Id"])
-        self.raw_made.append(made)
-        client.start(made)
-        return made
-
-    def raw_stop(self, container: str) -> None:
-        """Kill and remove, as two plain calls."""
-        self.engine.kill(container)
-        self.engine.remove_container(container, v=True)
-
-    def raw_remove(self, container: str) -> None:
-        """Kill and remove in one forced call."""
-        self.engine.remove_container(container, v=True, force=True)
-
-
-def spawn_body(team: str = TEAM, command: list[str] | None = None) -> dict[str, Any]:
-    """The request our side sends."""
-    return {"team": team, "command": command or SLEEP, "limits": LIMITS}
-
 
 @contextlib.contextmanager
 def running_rig(*, start: bool = True) -> Iterator[Rig]:
@@ -285,9 +202,10 @@ def running_rig(*, start: bool = True) -> Iterator[Rig]:
     home.chmod(0o755)
     # SIGTERM would skip every `finally`; as an exception it is a Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    rig = Rig(home, f"bench-{secrets.token_hex(4)}", engine, "")
+    instance = f"bench-{secrets.token_hex(4)}"
+    rig = Rig(home, instance, engine, "", RawSide(engine, home / "raw", f"{instance}-raw"))
     try:
-        rig.image = _write_pins(engine, home / "images.json")
+        rig.image = rig.raw.image = _write_pins(engine, home / "images.json")
         rig.import_daemon()
         if start:
             rig.start()
@@ -316,7 +234,7 @@ def warm_up(rig: Rig, rounds: int = 3) -> None:
     """Both sides a few times, unmeasured: the team's network, caches, connections."""
     for _ in range(rounds):
         rig.stop(rig.spawn())
-        rig.raw_stop(rig.raw_spawn(rig.raw_body()))
+        rig.raw.stop(rig.raw.spawn(rig.raw.body(TEAM)))
 
 
 def _clear(rig: Rig) -> None:
@@ -326,9 +244,9 @@ def _clear(rig: Rig) -> None:
         if rig.process is not None and rig.process.poll() is None:
             rig.process.kill()
             rig.process.wait(20)
-        for instance in (rig.instance, f"{rig.instance}-raw"):
+        for instance in (rig.instance, rig.raw.instance):
             _remove_labelled(rig.engine, f"isolator.instance={instance}")
-        for container in rig.raw_made:
+        for container in rig.raw.made:
             with contextlib.suppress(docker.errors.APIError):
                 rig.engine.remove_container(container, force=True)
         for line in Path("/proc/self/mountinfo").read_text().splitlines():

@@ -7,8 +7,8 @@ carries the bench's name and is removed on the way out, Ctrl-C included.
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def main() -> int:
 
 def say(text: str) -> None:
     """Progress, beside the tables."""
-    print(f"{datetime.datetime.now().astimezone():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def show(tables: list[Table], table: Table) -> None:
@@ -90,15 +90,9 @@ def show(tables: list[Table], table: Table) -> None:
 def document(tables: list[Table], facts: list[str], *, quick: bool) -> str:
     """The whole of results.md."""
     kind = "quick run: too few rounds to be quoted" if quick else "full run"
-    head = [
-        "# Results",
-        "",
-        f"Written by `bench/run.py` on {datetime.datetime.now().astimezone():%Y-%m-%d} ({kind})."
-        " docs/performance.md says what each figure means. Ratios are between sides timed in turn in this run.",
-        "",
-        *(f"- {fact}" for fact in facts),
-        "",
-    ]
+    written = f"Written by `bench/run.py` on {time.strftime('%Y-%m-%d')} ({kind})."
+    meaning = "docs/performance.md says what each figure means. Ratios are between sides timed in turn in this run."
+    head = ["# Results", "", f"{written} {meaning}", "", *(f"- {fact}" for fact in facts), ""]
     return "\n".join(head) + "\n" + "\n".join(table.markdown() for table in tables)
 
 

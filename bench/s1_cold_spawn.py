@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 from measure import SIDE_COLUMNS, Samples, Table, side_by_side, verdict
 from rig import Rig
@@ -20,25 +21,33 @@ class Doorbell:
     """The socket at which raw guests knock, in the folder all of them mount."""
 
     def __init__(self, rig: Rig) -> None:
-        rig.raw_body()  # makes the folder
-        folder = os.open(rig.home / "raw" / "agents" / "shared", os.O_PATH | os.O_DIRECTORY)
+        folder = os.open(rig.raw.guest_folder(), os.O_PATH | os.O_DIRECTORY)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         address = f"/proc/self/fd/{folder}/agent.sock"
         self._listener.bind(address)
-        os.chmod(address, 0o666)
+        self._path = rig.raw.guest_folder() / "agent.sock"
+        self._path.chmod(0o666)
         os.close(folder)
         self._listener.listen(8)
         self._listener.settimeout(30)
 
-    def await_knock(self) -> socket.socket:
-        """The next guest's connection, once it has said something."""
+    def await_knock(self) -> None:
+        """Until the next guest has said something."""
         connection, _ = self._listener.accept()
-        connection.settimeout(30)
-        connection.recv(256)
-        return connection
+        with connection:
+            connection.settimeout(30)
+            connection.recv(256)
 
     def close(self) -> None:
         self._listener.close()
+        self._path.unlink()
+
+
+def until_knock(rig: Rig, guest: Samples, doorbell: Doorbell, body: dict[str, Any]) -> str:
+    """Create and start, which `guest` keeps, and wait for the knock; the container's id."""
+    made = guest.timed(rig.raw.spawn, body)
+    doorbell.await_knock()
+    return made
 
 
 def measure(rig: Rig, rounds: int) -> Table:
@@ -46,23 +55,11 @@ def measure(rig: Rig, rounds: int) -> Table:
     guest = Samples("raw: create + start, our guest as PID 1")
     knocked = Samples("raw: the same until the guest has knocked")
     for _ in range(rounds):
-        agent = str(ours.timed(rig.spawn))
-        rig.stop(agent)
-        body = rig.raw_body()
-        rig.raw_remove(str(raw.timed(lambda body=body: rig.raw_spawn(body))))
-        guest_body = rig.raw_body(guest=True)
+        rig.stop(ours.timed(rig.spawn))
+        rig.raw.remove(raw.timed(rig.raw.spawn, rig.raw.body()))
         doorbell = Doorbell(rig)
-        times = Samples("")
-
-        def until_knock(body: dict = guest_body, doorbell: Doorbell = doorbell, times: Samples = times) -> str:
-            made = str(times.timed(lambda: rig.raw_spawn(body)))
-            doorbell.await_knock().close()
-            return made
-
-        rig.raw_remove(str(knocked.timed(until_knock)))
-        guest.seconds += times.seconds
+        rig.raw.remove(knocked.timed(until_knock, rig, guest, doorbell, rig.raw.body(guest=True)))
         doorbell.close()
-        (rig.home / "raw" / "agents" / "shared" / "agent.sock").unlink()
     return Table(
         "S1",
         "cold spawn, hardened, team network",

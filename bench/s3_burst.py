@@ -5,13 +5,15 @@ Raw side: the same 20 bodies created and started by 4 threads, each with a conne
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import docker
 from measure import SIDE_COLUMNS, Samples, Table, side_by_side, verdict
-from rig import ENGINE_SOCKET, Connection, Rig, spawn_body
+from raw_side import spawn_body
+from rig import ENGINE_SOCKET, Connection, Rig
 
 TARGET = 1.15
 BURST = 20
@@ -23,22 +25,17 @@ def measure(rig: Rig, rounds: int) -> Table:
     clients = [
         docker.APIClient(base_url=f"unix://{ENGINE_SOCKET}", version="auto", timeout=120) for _ in range(THREADS)
     ]
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(THREADS) as threads:
         for _ in range(rounds):
             connections = _opened(rig)
-            agents: Any = ours.timed(lambda connections=connections: _our_burst(connections))
+            agents = ours.timed(_our_burst, connections)
             for connection in connections:
                 connection.close()
-            list(threads.map(lambda agent: _stop(rig, agent), agents))
-            bodies = [rig.raw_body() for _ in range(BURST)]
-            shares = [(clients[index], bodies[index::THREADS]) for index in range(THREADS)]
-
-            def raw_burst(shares: list = shares) -> list[str]:
-                made = threads.map(lambda share: [rig.raw_spawn(body, share[0]) for body in share[1]], shares)
-                return [container for some in made for container in some]
-
-            made: Any = raw.timed(raw_burst)
-            list(threads.map(rig.raw_remove, made))
+            list(threads.map(partial(_stop, rig), agents))
+            bodies = [rig.raw.body() for _ in range(BURST)]
+            shares = [bodies[index::THREADS] for index in range(THREADS)]
+            made = raw.timed(_raw_burst, rig, threads, clients, shares)
+            list(threads.map(rig.raw.remove, made))
     for client in clients:
         client.close()
     return Table(
@@ -70,6 +67,15 @@ def _our_burst(connections: list[Connection]) -> list[str]:
             raise RuntimeError(f"a spawn of the burst was answered {response.status}: {content[:500]!r}")
         agents.append(json.loads(content)["id"])
     return agents
+
+
+def _raw_burst(
+    rig: Rig, threads: ThreadPoolExecutor, clients: list[docker.APIClient], shares: list[list[dict[str, Any]]]
+) -> list[str]:
+    def one_share(client: docker.APIClient, share: list[dict[str, Any]]) -> list[str]:
+        return [rig.raw.spawn(body, client) for body in share]
+
+    return [container for made in threads.map(one_share, clients, shares) for container in made]
 
 
 def _stop(rig: Rig, agent: str) -> None:

@@ -8,11 +8,11 @@ ignores it: the last is bounded by the grace, never by the engine's 10 s.
 from __future__ import annotations
 
 from measure import SIDE_COLUMNS, Samples, Table, side_by_side, verdict
-from rig import SLEEP, Rig
+from rig import Rig
 
 TARGET = 1.10
 NEVER = 10.0
-_STUBBORN = ["python3", "-c", "import signal,time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(3600)"]
+_STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(3600)"
 
 
 def measure(rig: Rig, rounds: int) -> Table:
@@ -20,18 +20,14 @@ def measure(rig: Rig, rounds: int) -> Table:
     forced, polite = Samples("raw: one forced remove"), Samples("isolator: DELETE, command obeys SIGTERM")
     stubborn = Samples("isolator: DELETE, command ignores SIGTERM")
     for _ in range(rounds):
-        agent = rig.spawn()
-        ours.timed(lambda agent=agent: rig.stop(agent))
-        container = rig.raw_spawn(rig.raw_body())
-        raw.timed(lambda container=container: rig.raw_stop(container))
-        agent = rig.spawn(command=SLEEP)
-        polite.timed(lambda agent=agent: rig.stop(agent, None))
-        container = rig.raw_spawn(rig.raw_body())
-        forced.timed(lambda container=container: rig.raw_remove(container))
+        ours.timed(rig.stop, rig.spawn())
+        raw.timed(rig.raw.stop, rig.raw.spawn(rig.raw.body()))
+        polite.timed(rig.stop, rig.spawn(), None)
+        forced.timed(rig.raw.remove, rig.raw.spawn(rig.raw.body()))
     for _ in range(3):
-        agent = rig.spawn(command=_STUBBORN)
+        agent = rig.spawn(command=["python3", "-c", _STUBBORN])
         rig.await_output(agent, b"up")
-        stubborn.timed(lambda agent=agent: rig.stop(agent, None))
+        stubborn.timed(rig.stop, agent, None)
     longest = max(stubborn.seconds + polite.seconds + ours.seconds)
     return Table(
         "S4",

@@ -142,7 +142,7 @@ class Daemon:
             self._bare_facts,
             lambda: {team.subnet for team in self._teams.all()},
         )
-        self._proof = NetworkProof(laboratory.laboratory())
+        self._proof = NetworkProof(laboratory.laboratory(), self._engine.version)
         self._spawner = Spawner(
             settings,
             self._host,

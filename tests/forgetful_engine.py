@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import re
 import socket
 import socketserver
@@ -113,4 +112,4 @@ def forgetful_engine(folder: Path) -> Iterator[Forgetful]:
     finally:
         server.shutdown()
         server.server_close()
-        os.unlink(engine.socket)
+        engine.socket.unlink()

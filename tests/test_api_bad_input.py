@@ -95,6 +95,8 @@ BODIES: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "image with a query": ({"image": "x?all=1"}, 400, "image_invalid", "image"),
     "image with NUL": ({"image": "a\x00b"}, 400, "image_invalid", "image"),
     "image with a space": ({"image": "A B"}, 400, "image_invalid", "image"),
+    "image the engine can't read": ({"image": "Upper/Case"}, 400, "image_invalid", "image"),
+    "image of 512 letters": ({"image": "a" * 512}, 400, "image_invalid", "image"),
     "image of 600 letters": ({"image": "a" * 600}, 400, INVALID, "image"),
     "skills": ({"skills": ["web-search"]}, 403, "skills_unavailable", "skills"),
     "capabilities": ({"capabilities": ["net:example.org"]}, 403, "capabilities_unavailable", "capabilities"),

@@ -59,6 +59,7 @@ WEAKENED: dict[str, Any] = {
     "HostConfig.AutoRemove": True,
     "HostConfig.LogConfig": {"Type": "json-file", "Config": {}},
     "HostConfig.Dns": [],
+    "HostConfig.DnsOptions": ["ndots:9"],
     "HostConfig.DnsSearch": ["example.org"],
     "HostConfig.ExtraHosts": ["host:host-gateway"],
     "HostConfig.Links": ["/other:/other"],

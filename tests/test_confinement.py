@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,7 @@ def test_the_host_kernel_is_masked(seen: dict[str, Any]) -> None:
 
 def test_namespaces_are_its_own(seen: dict[str, Any]) -> None:
     for name in ("cgroup", "ipc", "mnt", "net", "pid", "uts"):
-        assert seen["namespaces"][name] != os.readlink(f"/proc/self/ns/{name}"), name
+        assert seen["namespaces"][name] != str(Path(f"/proc/self/ns/{name}").readlink()), name
     assert all(line.split(":", 2)[2] == "/" for line in seen["cgroup"]), seen["cgroup"]
     assert seen["hostname"] == "looker"
     assert seen["pids"][0] == 1

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import signal
+import time
 
 import pytest
-from conftest import RunningDaemon, wait_for
+from conftest import RunningDaemon, running_daemon, wait_for
 from engine_helpers import gone, knock, shown, spawn_bytes, streaming
 
 pytestmark = pytest.mark.engine
 
-DEAF = "import signal, time\nfor n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(600)"
+DEAF = """
+import signal, time
+for number in (1, 2, 15):
+    signal.signal(number, signal.SIG_IGN)
+print('deaf', flush=True)
+time.sleep(600)
+"""
 POLITE = """
 import signal, sys, time
 def leave(number, frame):
@@ -49,11 +56,12 @@ def test_one_that_listens_gets_its_signal_and_its_last_word(daemon: RunningDaemo
 
 def test_the_signal_reaches_the_whole_group_of_the_command(daemon: RunningDaemon) -> None:
     folder = daemon.workspace("group")
-    script = "trap 'echo parent >> /workspace/told; exit 0' TERM; (trap 'echo child >> /workspace/told; exit 0' TERM; echo up; while :; do sleep 0.05; done) & wait; wait"
+    child = "trap 'echo child >> /workspace/told; exit 0' TERM; echo up; while :; do sleep 0.02; done"
+    script = f"({child}) & trap 'sleep 0.3; echo parent >> /workspace/told; exit 0' TERM; while :; do sleep 0.02; done"
     agent = daemon.spawn("bash", "-c", script, team="st-stop", network="none", workspace={"source": str(folder)})
     wait_for(lambda: "up" in daemon.output(agent), 10)
     daemon.delete(f"/v1/agents/{agent['id']}?grace=5", timeout=15)
-    assert "parent" in (folder / "told").read_text()
+    assert sorted((folder / "told").read_text().split()) == ["child", "parent"]
 
 
 def test_a_grace_of_zero_kills_at_once(daemon: RunningDaemon, engine) -> None:
@@ -183,3 +191,13 @@ def test_a_daemon_told_to_end_breaks_off_a_long_stop_and_the_next_one_finishes_i
     own_daemon.start(proven=False)
     wait_for(lambda: shown(own_daemon, agent)["state"] == "removed", 10)
     gone(engine, agent)
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.4, 0.8, 1.3])
+def test_a_daemon_that_ends_in_the_midst_of_its_self_test_leaves_nothing_of_it(
+    engine, image_pins, delay: float
+) -> None:
+    """The fixture's own end is the test: it lists what is left on engine and host."""
+    with running_daemon(engine, image_pins, start=False) as daemon:
+        daemon.start(proven=False)
+        time.sleep(delay)

@@ -33,6 +33,8 @@ _END_WAITS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.4)
 _RETRY = 5.0
 _IDLE_SHARE = 0.01
 _LAST_WORDS = 2.0
+# A guest without a daemon knocks at least once in a second.
+_KNOCK = 2.0
 
 
 class Lifecycle:
@@ -121,13 +123,15 @@ class Lifecycle:
         if live is not None:
             live.ended.set()
 
-    def schedule(self, live: LiveAgent) -> None:
-        """Set the deadlines of a running agent."""
+    def schedule(self, live: LiveAgent, earliest: float = 0.0) -> None:
+        """Set the deadlines of a running agent, none before `earliest`, Unix time."""
         record, agent_id = live.record, live.record.id
         if record.wall_deadline is not None:
-            self._deadlines.at(record.wall_deadline, lambda: self.expire(agent_id, "wall", "limits.wall was reached."))
+            due = max(earliest, record.wall_deadline)
+            self._deadlines.at(due, lambda: self.expire(agent_id, "wall", "limits.wall was reached."))
         if record.expires_at is not None:
-            self._deadlines.at(record.expires_at, lambda: self.expire(agent_id, "ttl", "Its ttl ended."))
+            due = max(earliest, record.expires_at)
+            self._deadlines.at(due, lambda: self.expire(agent_id, "ttl", "Its ttl ended."))
         if record.spec.idle_ttl is not None:
             self._deadlines.at(live.touched_at + record.spec.idle_ttl, lambda: self._look_idle(agent_id))
 
@@ -141,7 +145,8 @@ class Lifecycle:
             except OSError as error:
                 _log.warning("the socket of agent %s can't be served again: %s", record.id, error)
                 live.channel = None
-            self.schedule(live)
+            # One that ended by itself while nobody was here must get to say so before its time is found to be over.
+            self.schedule(live, earliest=time.time() + _KNOCK)
         elif record.state in ("exited", "lost"):
             self._schedule_cleanup(live)
         return live

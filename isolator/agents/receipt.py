@@ -34,7 +34,7 @@ def receipt(spec: BoxSpec, guarantees: Guarantees) -> dict[str, dict[str, Any]]:
     """The receipt of one box, for `GET /v1/agents/{id}`."""
     limits = spec.limits
     values = {
-        "cpu-cap": f"{limits.cpus:g} cores",
+        "cpu-cap": f"{limits.cpus:g} of the host's cores",
         "memory-cap": format_size(limits.memory),
         "pids-cap": str(limits.pids),
         "non-root": f"uid {spec.uid}",

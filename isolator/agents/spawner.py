@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -24,14 +22,15 @@ from isolator.agents.channel import create_folder
 from isolator.agents.events import EventHub
 from isolator.agents.lifecycle import Lifecycle
 from isolator.agents.live import LiveAgent
+from isolator.agents.notes import request_digest, summary_of, warnings_of
 from isolator.agents.receipt import receipt
+from isolator.agents.secrets import collect_secrets
 from isolator.agents.teams import Teams
 from isolator.audit.log import AuditLog
 from isolator.backends.base import Guarantees, ImageResolver
 from isolator.host.folders import FolderOpener, HeldFolder, close_all
-from isolator.host.secrets import read_secret
 from isolator.model.agent import Agent
-from isolator.model.box import WORKSPACE, BoxSpec, differing_fields
+from isolator.model.box import BoxSpec, differing_fields
 from isolator.model.errors import BadRequest, Conflict, IsolatorError, NotFound, TooMany, Unavailable
 from isolator.model.identity import Principal
 from isolator.model.names import check_name, new_agent_id
@@ -110,7 +109,7 @@ class Spawner:
             return await self._start(request.team, request.name, request, caller, None)
         if not 0 < len(key) <= MAX_KEY or not key.isprintable():
             raise BadRequest("idempotency_key_invalid", f"Idempotency-Key must be 1 to {MAX_KEY} printable characters.")
-        digest = _request_digest(request)
+        digest = request_digest(request)
         while True:
             if (earlier := self._keys.get((caller.owner, key))) is not None:
                 await asyncio.wait({earlier})
@@ -200,8 +199,6 @@ class Spawner:
         task.add_done_callback(lambda done: self._forget(agent_id, key, done))
         try:
             agent = await asyncio.shield(task)
-            self._provisional.pop(agent.spec.team, None)
-            return agent
         except asyncio.CancelledError:
             abandoning = asyncio.create_task(self._abandon(agent_id, task))
             self._abandoning[agent_id] = abandoning
@@ -210,6 +207,8 @@ class Spawner:
                 self._keys[key[0], key[1]] = abandoning
             abandoning.add_done_callback(lambda done: self._forget(agent_id, key, done))
             raise
+        self._provisional.pop(agent.spec.team, None)
+        return agent
 
     def _forget(self, agent_id: str, key: tuple[str, str, str] | None, done: asyncio.Task[Any]) -> None:
         for tasks in (self._under_way, self._abandoning):
@@ -261,11 +260,11 @@ class Spawner:
                 team = self._teams.planned(team_id, caller, create=request.create_team)
                 spec, held = await self._plan(team, name, request, caller, agent_id)
                 try:
-                    secrets = await asyncio.to_thread(self._secrets, request, spec, caller) if request.secrets else ()
+                    secrets = await self._secrets(request, spec, caller)
                     if spec.network == "team":
                         await self._proof.require(self._settings.network_proof_timeout)
                     if await self._teams.realise(team, caller):
-                        self._provisional[team.id] = team
+                        self._provisional[team.id] = self._teams.get(team.id, caller)
                     async with self._teams.using(team.id):
                         return (await self._build(spec, held, secrets, caller, key)).record
                 except BaseException:
@@ -310,19 +309,11 @@ class Spawner:
         if parent.record.spec.team != team.id:
             raise NotFound("agent_not_found", "The parent is not in this team.")
 
-    def _secrets(self, request: EnsureRequest, spec: BoxSpec, caller: Principal) -> Secrets:
-        values: list[tuple[str, str, bytes]] = []
-        for asked, ref in zip(request.secrets, spec.secrets, strict=True):
-            if asked.value is not None:
-                value = asked.value.encode()
-            else:
-                value = read_secret(ref.name, caller, self._settings.secret_dir, self._host.credentials)
-            if ref.delivery == "env":
-                # A file of one line is what people write; a variable with a newline at its end is what nobody means.
-                values.append(("E", ref.variable or ref.name, value.rstrip(b"\n") if asked.value is None else value))
-            else:
-                values.append(("s", ref.name, value))
-        return values
+    async def _secrets(self, request: EnsureRequest, spec: BoxSpec, caller: Principal) -> Secrets:
+        if not request.secrets:
+            return ()
+        places = (self._settings.secret_dir, self._host.credentials)
+        return await asyncio.to_thread(collect_secrets, request.secrets, spec.secrets, caller, *places)
 
     async def _build(
         self,
@@ -344,10 +335,10 @@ class Spawner:
             created_at=time.time(),
             backend=self._host.backend,
             spec_digest=spec.digest(),
-            warnings=_warnings(spec, held),
+            warnings=warnings_of(spec, held),
         )
         subject = {"team": spec.team, "agent": spec.agent}
-        intent = await self._audit.intent("agent.spawn", caller, **subject, **_summary(spec))
+        intent = await self._audit.intent("agent.spawn", caller, **subject, **summary_of(spec))
         live = LiveAgent(record)
         # Whoever wants to stop it or has seen it end waits until it has come to be, and was told so.
         async with live.lock:
@@ -405,45 +396,3 @@ class Spawner:
             receipt=receipt(spec, self._guarantees()),
         )
         await self._store.save_agent(live.record)
-
-
-def _request_digest(request: SpawnRequest) -> str:
-    """What a retry must repeat. Secrets' values are left out: a stored hash of one could be guessed at."""
-    body = request.model_dump(mode="json", by_alias=True)
-    for secret in body["secrets"]:
-        secret.pop("value", None)
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _warnings(spec: BoxSpec, held: Sequence[HeldFolder]) -> tuple[dict[str, str], ...]:
-    """What a person should know about a box that is nevertheless built."""
-    warnings = []
-    for folder in held:
-        opened = folder.opened
-        if opened.plan.target == WORKSPACE and not opened.plan.read_only and opened.uid != spec.uid:
-            warnings.append(
-                {
-                    "code": "workspace_not_owned",
-                    "detail": f"{opened.plan.source} belongs to uid {opened.uid}, but agents never run as root or as"
-                    f" somebody their caller is not: it runs as uid {spec.uid} and may be unable to write there.",
-                }
-            )
-    return tuple(warnings)
-
-
-def _summary(spec: BoxSpec) -> dict[str, object]:
-    """What the audit log keeps of a spec. Arguments may hold anything, so only the program's name is kept."""
-    return {
-        "name": spec.name,
-        "image": spec.image,
-        "digest": spec.image_digest,
-        "spec": spec.digest(),
-        "program": spec.command[0] if spec.command else None,
-        "arguments": len(spec.command),
-        "network": spec.network,
-        "uid": spec.uid,
-        "mounts": [f"{m.source}:{m.target}:{'ro' if m.read_only else 'rw'}" for m in spec.mounts],
-        "secrets": [secret.name for secret in spec.secrets],
-        "session": spec.session,
-        "parent": spec.parent,
-    }

@@ -155,10 +155,10 @@ class Teams:
 
     async def unmake(self, team: Team) -> bool:
         """Delete again a team that was made for a spawn that failed; False if somebody else uses it by now."""
+        if self._teams.get(team.id) is not team:
+            return True  # it is gone, and what may be there under its name now is another
         if self._users[team.id]:
             return False
-        if team.id not in self._teams:
-            return True
         intent = await self._audit.intent("team.delete", None, team=team.id)
         async with self.deleting(team):
             await self.forget(team)

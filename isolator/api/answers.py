@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    # Only the OpenAPI document needs the schemas: built when it is asked for, not at every start.
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
 
 class Problem(_Answer):

@@ -117,7 +117,13 @@ async def events(request: web.Request) -> web.StreamResponse:
     if parts.followers.locked():
         raise TooMany("followers_exhausted", "Too many streams are open; close some.", retry_after=5)
     async with parts.followers:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        headers = {
+            "Content-Type": "text/event-stream",
+            "Cache-Control": "no-store",
+            # Where this stream begins, so that a client whose connection breaks before its first event loses none.
+            "Last-Event-ID": str(after),
+        }
+        response = web.StreamResponse(headers=headers)
         await response.prepare(request)
         stopping = asyncio.create_task(parts.stopping.wait())
         writing = asyncio.create_task(_write_events(parts, response, caller, after, follow, team, agent))

@@ -130,6 +130,9 @@ class EventStream:
     def _open(self) -> Stream:
         response, stream = self._connect(self.last_id)
         refuse_problem(response, stream)
+        if self.last_id is None:
+            # The daemon says where the stream begins: what happens before a broken connection's first event counts.
+            self.last_id = _number(response.getheader("Last-Event-ID"))
         return stream
 
     def _open_again(self) -> None:

@@ -16,6 +16,9 @@ from isolator.model.errors import Forbidden, NotFound, TooLarge
 from isolator.model.identity import Principal
 from isolator.model.request import MAX_SECRET
 
+_OTHERS = 0o077
+# systemd lets a service's user read its credentials by an ACL, whose mask shows as group bits.
+_OTHERS_OF_CREDENTIALS = 0o037
 _RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
 
 
@@ -27,19 +30,19 @@ def read_secret(name: str, caller: Principal, secret_dir: Path, credentials: Pat
         Forbidden: `secret_unsafe`: its file is not the operator's alone.
         TooLarge: `secret_too_large`.
     """
-    places = [(secret_dir, f"uid-{caller.uid}/{name}")]
+    places = [(secret_dir, f"uid-{caller.uid}/{name}", _OTHERS)]
     if caller.is_admin:
-        places.append((secret_dir, name))
+        places.append((secret_dir, name, _OTHERS))
         if credentials is not None:
-            places.append((credentials, name))
-    for folder, relative in places:
-        value = _read(folder, relative, name)
+            places.append((credentials, name, _OTHERS_OF_CREDENTIALS))
+    for folder, relative, others in places:
+        value = _read(folder, relative, name, others)
         if value is not None:
             return value
     raise NotFound("secret_not_found", f"There is no secret {name} for uid {caller.uid} on this host.", name=name)
 
 
-def _read(folder: Path, relative: str, name: str) -> bytes | None:
+def _read(folder: Path, relative: str, name: str, others: int) -> bytes | None:
     try:
         root = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -52,16 +55,19 @@ def _read(folder: Path, relative: str, name: str) -> bytes | None:
         raise Forbidden("secret_unsafe", f"The secret {name} can't be opened safely.", name=name) from error
     finally:
         os.close(root)
-    with os.fdopen(descriptor, "rb") as file:
-        facts = os.fstat(file.fileno())
+    try:
+        facts = os.fstat(descriptor)
         trusted = facts.st_uid in (0, os.geteuid())
-        if not stat.S_ISREG(facts.st_mode) or not trusted or facts.st_mode & 0o037:
+        if not stat.S_ISREG(facts.st_mode) or not trusted or facts.st_mode & others:
             raise Forbidden(
                 "secret_unsafe",
                 f"The file of the secret {name} must be a plain file of root's with mode 0600 or 0400.",
                 name=name,
             )
-        value = file.read(MAX_SECRET + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            value = file.read(MAX_SECRET + 1)
+    finally:
+        os.close(descriptor)
     if len(value) > MAX_SECRET:
         raise TooLarge("secret_too_large", f"The secret {name} has more than {MAX_SECRET} bytes.", name=name)
     return value

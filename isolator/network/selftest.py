@@ -92,9 +92,10 @@ class _Listener:
 class NetworkProof:
     """The self-test's state, and the gate that spawns wait at."""
 
-    def __init__(self, laboratory: Laboratory) -> None:
-        """Nothing is proven yet."""
+    def __init__(self, laboratory: Laboratory, ask_engine: Callable[[], Awaitable[Any]] | None = None) -> None:
+        """Nothing is proven yet. `ask_engine` raises while the engine does not answer, so that nobody waits for it."""
         self._laboratory = laboratory
+        self._ask_engine = ask_engine
         self.result = ProofResult("pending")
         self._decided = asyncio.Event()
         self._generation = 0
@@ -115,11 +116,14 @@ class NetworkProof:
         """Return when the network is proven.
 
         Raises:
-            Unavailable: `network_unproven`, with the reason.
+            Unavailable: `network_unproven`, with the reason; `engine_unavailable`, at once.
         """
-        if not self.proven:
+        end = time.monotonic() + timeout
+        while self.result.status == "pending" and (left := end - time.monotonic()) > 0:
+            if self._ask_engine is not None:
+                await self._ask_engine()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._decided.wait(), timeout)
+                await asyncio.wait_for(self._decided.wait(), left)
         if not self.proven:
             raise Unavailable(
                 "network_unproven",
@@ -133,7 +137,9 @@ class NetworkProof:
         """The engine changed: what was proven of it no longer holds."""
         self._generation += 1
         self.result = ProofResult("pending")
-        self._decided.clear()
+        # Whoever waits looks again, and hears that the engine is gone.
+        self._decided.set()
+        self._decided = asyncio.Event()
 
     async def run_until_decided(self) -> None:
         """Run the self-test; where it could not be run, try again with growing pauses.
@@ -168,13 +174,22 @@ class NetworkProof:
             _log.warning("the network self-test could not be run: %s", reason)
             return ProofResult("unavailable", (), f"the self-test could not be run: {reason}", time.time())
         finally:
-            with contextlib.suppress(IsolatorError):
-                await asyncio.shield(self._laboratory.clear())
+            await self._clear()
         failed = [check for check in checks if not check.held]
         if failed:
             reason = "; ".join(f"{check.name}: {check.detail}" for check in failed)
             return ProofResult("failed", checks, reason, time.time())
         return ProofResult("proven", checks, None, time.time())
+
+    async def _clear(self) -> None:
+        """Also when cancelled, return only when all is cleared: a daemon that ends leaves nothing of the test."""
+        clearing = asyncio.ensure_future(self._laboratory.clear())
+        try:
+            with contextlib.suppress(IsolatorError):
+                await asyncio.shield(clearing)
+        except asyncio.CancelledError:
+            await asyncio.wait({clearing})
+            raise
 
     async def _try_everything(self) -> tuple[Check, ...]:
         lab, mark = self._laboratory, secrets.token_hex(3)

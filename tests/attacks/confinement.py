@@ -1,5 +1,8 @@
 """What the box says about itself, read from inside as the agent."""
 
+# Inside a box the bare calls are the attack.
+# ruff: noqa: PTH101, PTH112, PTH115, PTH123, PTH208
+
 import ctypes
 import json
 import mmap

@@ -1,12 +1,15 @@
 """Tries to reach what it is told: {"tcp": [[address, port]], "udp": …, "dns": [[server, port, name]]}. Never judges."""
 
+# Inside a box the bare calls are the attack.
+# ruff: noqa: PTH123
+
 import errno
 import json
-import os
 import socket
 import struct
 import sys
 import threading
+import time
 
 TIMEOUT = 2.0
 
@@ -66,7 +69,7 @@ def inet6():
 
 
 task = json.loads(sys.argv[1])
-result = {"tcp": {}, "udp": {}, "dns": {}, "names": {}}
+result = {"tcp": {}, "udp": {}, "dns": {}, "names": {}, "seconds": {}}
 jobs = []
 for kind, function in (("tcp", tcp), ("udp", udp), ("dns", dns)):
     for target in task.get(kind, []):
@@ -81,7 +84,9 @@ for start in range(0, len(jobs), 64):
     for thread in jobs[start : start + 64]:
         thread.join()
 for name in task.get("names", []):
+    began = time.monotonic()
     result["names"][name] = outcome(lambda name=name: socket.gethostbyname(name))
+    result["seconds"][name] = time.monotonic() - began
 result["sockets"] = {
     "raw": outcome(lambda: opens(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)),
     "raw6": outcome(lambda: opens(socket.AF_INET6, socket.SOCK_RAW, 58)),
@@ -96,5 +101,4 @@ result["interfaces"] = interfaces()
 result["inet6"] = inet6()
 with open("/etc/resolv.conf") as file:
     result["resolv"] = [line.strip() for line in file if line.startswith("nameserver")]
-result["hosts"] = os.popen("cat /etc/hosts").read() if task.get("hosts") else ""
 print(json.dumps(result), flush=True)

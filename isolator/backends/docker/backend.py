@@ -113,6 +113,8 @@ class DockerBackend:
 
         def remove(client: docker.APIClient) -> None:
             for network in client.networks(names=[network_name(team)]):
+                if network["Name"] != network_name(team):
+                    continue  # the engine's filter matches parts of names: `a` is part of `ab`
                 if (network.get("Labels") or {}).get("isolator.instance") == self._instance:
                     with contextlib.suppress(docker.errors.NotFound):
                         client.remove_network(network["Id"])

@@ -15,7 +15,7 @@ _CONFIG_FIELDS = ("Cmd", "Entrypoint", "Hostname", "Image", "StopSignal", "User"
 _EMPTY_CONFIG = ("AttachStdin", "OpenStdin", "Tty", "Volumes")
 _EMPTY_HOST_CONFIG = (
     "AutoRemove", "Binds", "BlkioDeviceReadBps", "CapAdd", "CgroupParent", "ContainerIDFile", "CpuRealtimePeriod",
-    "CpuRealtimeRuntime", "DeviceCgroupRules", "DeviceRequests", "Devices", "DnsOptions", "DnsSearch", "ExtraHosts",
+    "CpuRealtimeRuntime", "DeviceCgroupRules", "DeviceRequests", "Devices", "DnsSearch", "ExtraHosts",
     "GroupAdd", "Links", "OomKillDisable", "PidMode", "PortBindings", "Privileged", "PublishAllPorts", "StorageOpt",
     "Sysctls", "UTSMode", "UsernsMode", "VolumeDriver", "VolumesFrom",
 )  # fmt: skip

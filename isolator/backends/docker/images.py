@@ -14,7 +14,7 @@ from typing import Any
 from isolator.backends.docker.engine import Engine
 from isolator.images.inspect import check_foreign_image
 from isolator.images.lock import read_lock
-from isolator.model.errors import Forbidden, NotFound
+from isolator.model.errors import BadRequest, BoxFailed, Forbidden, NotFound
 from isolator.model.image import ImageFacts
 from isolator.model.names import check_image_reference
 
@@ -81,6 +81,10 @@ class ImageResolver:
                 f"The engine has no image {reference}. isolator never pulls: load it there first.",
                 image=reference,
             ) from None
+        except BoxFailed as error:
+            raise BadRequest(
+                "image_invalid", f"The engine can't read that image's name: {error.detail[-200:]}"
+            ) from error
         return str(found["Id"])
 
     async def _facts(self, reference: str, digest: str, *, ours: bool) -> tuple[str, tuple[tuple[str, str], ...]]:

@@ -21,6 +21,7 @@ from isolator.model.errors import IsolatorError, Unavailable
 _log = logging.getLogger(__name__)
 _ENDINGS = ("die", "destroy")
 _PAUSE_MOST = 5.0
+_ASK_EVERY = 10.0
 
 
 class EngineWatch:
@@ -51,7 +52,7 @@ class EngineWatch:
             watching = asyncio.create_task(self._follow())
             try:
                 await self._on_up()
-                await watching
+                await self._until_it_fails(watching)
             finally:
                 watching.cancel()
             self.up = False
@@ -66,6 +67,14 @@ class EngineWatch:
             with attempt:
                 if not await self._engine.ping():
                     raise Unavailable("engine_unavailable", "The engine does not answer.")
+
+    async def _until_it_fails(self, watching: asyncio.Task[None]) -> None:
+        """An engine that hangs keeps its streams open: so it is asked now and then."""
+        while not watching.done():
+            await asyncio.wait({watching}, timeout=_ASK_EVERY)
+            if not watching.done() and not await self._engine.ping():
+                return
+        watching.result()
 
     async def _follow(self) -> None:
         try:
