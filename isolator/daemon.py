@@ -91,6 +91,11 @@ class Daemon:
 
     async def _build(self) -> None:
         settings = self.settings
+        if settings.backend not in ("auto", "docker"):
+            raise Unavailable(
+                "backend_unavailable",
+                f"This version has no backend {settings.backend}: set ISOLATOR_BACKEND to auto or docker.",
+            )
         _make_folders(settings)
         profile = load_profile()
         self._engine = Engine(settings.docker_socket, settings.engine_timeout, settings.engine_workers)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -247,12 +248,34 @@ def test_an_interruption_stops_the_agent(server: StandIn, number: signal.Signals
 
     server.routes["GET", f"/v1/agents/{AGENT_ID}/logs"] = logs
     command = [sys.executable, "-m", "isolator", "spawn", "--team", "red", "--wait", "--", "x"]
+    # Whoever runs the tests in the background may have us ignore interruptions; a person's terminal does not.
+    command = ["env", f"--default-signal={number.name.removeprefix('SIG')}", *command]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"running\n"
         process.send_signal(number)
         assert process.wait(15) == exits
     assert [asked.path for asked in server.asked if asked.method == "DELETE"] == [f"/v1/agents/{AGENT_ID}"]
+
+
+def test_an_ignored_hang_up_stays_ignored(server: StandIn) -> None:
+    hung_up = threading.Event()
+
+    def logs(talk: Talk, _: Asked) -> None:
+        talk.chunks([frame(1, b"running\n")], whole=False)
+        hung_up.wait(10)
+        last = frame(1, b"still\n")
+        talk.wfile.write(f"{len(last):x}\r\n".encode() + last + b"\r\n0\r\n\r\n")
+
+    server.routes["GET", f"/v1/agents/{AGENT_ID}/logs"] = logs
+    command = ["env", "--ignore-signal=HUP", sys.executable, "-m", "isolator", "spawn", "--team", "red", "--wait", "x"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"running\n"
+        process.send_signal(signal.SIGHUP)
+        hung_up.set()
+        assert process.stdout.readline() == b"still\n"
+        process.kill()
 
 
 def test_a_reader_that_went_away_stops_the_agent(server: StandIn) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pydantic
@@ -15,8 +18,6 @@ from isolator.settings import Settings, load_settings
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting from the shell that runs the tests; an empty file instead of the host's."""
-    import os
-
     for name in list(os.environ):
         if name.startswith("ISOLATOR_"):
             monkeypatch.delenv(name)
@@ -239,3 +240,21 @@ def test_own_folders_are_known_by_their_real_paths(tmp_path: Path) -> None:
 def test_every_setting_says_what_it_is() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
+
+
+@pytest.mark.parametrize("backend", ["bubblewrap", "landlock"])
+def test_a_backend_that_is_not_here_is_refused_and_nothing_made(tmp_path: Path, backend: str) -> None:
+    """Served by another backend than the one asked for would be a silent weakening."""
+    places = {f"ISOLATOR_{name}_DIR": str(tmp_path / name) for name in ("STATE", "RUNTIME")}
+    refused = subprocess.run(
+        [sys.executable, "-m", "isolator", "daemon"],
+        env={**os.environ, **places, "ISOLATOR_SOCKET": str(tmp_path / "socket"), "ISOLATOR_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert f"no backend {backend}" in refused.stderr
+    assert "(backend_unavailable)" in refused.stderr
+    assert [left.name for left in tmp_path.iterdir()] == ["empty.toml"]

@@ -158,12 +158,13 @@ def _stop(client: Client, agent: Agent) -> None:
 
 @contextlib.contextmanager
 def _raising_signals() -> Iterator[None]:
-    """TERM and HUP become an exception here, as INT is one already."""
+    """TERM and HUP become an exception here, as INT is one already. What we were started to ignore (nohup) stays so."""
 
     def raise_it(number: int, _: FrameType | None) -> None:
         raise _Terminated(number)
 
-    before = {number: signal.signal(number, raise_it) for number in (signal.SIGTERM, signal.SIGHUP)}
+    raised = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, raise_it) for number in raised}
     try:
         yield
     finally:
