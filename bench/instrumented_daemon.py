@@ -23,10 +23,10 @@ from typing import Any
 # (module, class or "", function)
 STEPS = (
     ("isolator.agents.spawner", "Spawner", "spawn"),
-    ("isolator.agents.spawner", "Spawner", "_plan"),
-    ("isolator.agents.spawner", "Spawner", "_secrets"),
-    ("isolator.agents.spawner", "Spawner", "_build"),
-    ("isolator.agents.spawner", "Spawner", "_run"),
+    ("isolator.agents.launcher", "Launcher", "plan"),
+    ("isolator.agents.launcher", "Launcher", "_secrets"),
+    ("isolator.agents.launcher", "Launcher", "_build"),
+    ("isolator.agents.launcher", "Launcher", "_run"),
     ("isolator.agents.builder", "BoxBuilder", "build"),
     ("isolator.agents.builder", "BoxBuilder", "_await_guest"),
     ("isolator.agents.builder", "BoxBuilder", "discard"),

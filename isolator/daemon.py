@@ -20,10 +20,11 @@ from isolator.agents.builder import BoxBuilder
 from isolator.agents.deadlines import Deadlines
 from isolator.agents.events import EventHub
 from isolator.agents.laboratory import SelfTestLaboratory
+from isolator.agents.launcher import Host, Launcher
 from isolator.agents.lifecycle import Lifecycle
 from isolator.agents.receipt import docker_guarantees
 from isolator.agents.reconcile import Reconciler
-from isolator.agents.spawner import Host, Spawner
+from isolator.agents.spawner import Spawner
 from isolator.agents.teams import Teams
 from isolator.api.metrics import Metrics
 from isolator.api.parts import Parts
@@ -148,7 +149,7 @@ class Daemon:
             lambda: {team.subnet for team in self._teams.all()},
         )
         self._proof = NetworkProof(laboratory.laboratory(), self._engine.version)
-        self._spawner = Spawner(
+        launcher = Launcher(
             settings,
             self._host,
             self._store,
@@ -162,6 +163,7 @@ class Daemon:
             self._proof,
             self._guarantees,
         )
+        self._spawner = Spawner(settings, self._store, self._teams, self._lifecycle, launcher)
         self._reconciler = Reconciler(
             self._store,
             self._audit,

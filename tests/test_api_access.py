@@ -12,7 +12,8 @@ from api_helpers import AsUser, assert_problem, open_to_everybody, traces
 from conftest import Answer, RunningDaemon, running_daemon
 
 from isolator.api.access import Admin, AgentOwner, AnyPeer, TeamOwner
-from isolator.api.routes import ROUTES, Route
+from isolator.api.route import Route
+from isolator.api.routes import ROUTES
 
 pytestmark = pytest.mark.engine
 

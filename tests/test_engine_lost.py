@@ -180,6 +180,22 @@ def test_a_daemon_may_start_before_its_engine(daemon: InnerDaemon, own_engine: O
     assert output == "late\n"
 
 
+@pytest.mark.parametrize("moment", [0.05, 0.3])
+def test_one_that_hangs_in_the_middle_of_the_self_test_keeps_nothing_of_it(
+    daemon: InnerDaemon, own_engine: OwnEngine, moment: float
+) -> None:
+    """A network whose making was not answered in time may be there all the same."""
+    daemon.start(proven=False)
+    assert own_engine.dockerd is not None
+    time.sleep(moment)
+    own_engine.dockerd.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(7)
+    finally:
+        own_engine.dockerd.send_signal(signal.SIGCONT)
+    wait_for(lambda: daemon.get("/v1/info").json["network"]["status"] == "proven", 60)
+
+
 def test_one_that_hangs_is_noticed_and_hangs_nobody(daemon: InnerDaemon, own_engine: OwnEngine) -> None:
     """A stopped process keeps its sockets open: calls are cut off at the engine's timeout, which is 5 s here."""
     daemon.start(proven=False)

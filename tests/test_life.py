@@ -230,14 +230,15 @@ def test_the_ending_is_an_event_and_comes_after_the_start(daemon: RunningDaemon)
         assert kinds == ["agent.started", "agent.exited"]
 
 
-def test_secrets_that_do_not_fit_are_a_refusal_and_not_a_wait(daemon: RunningDaemon, engine) -> None:
-    """The box's place for secrets is 1 MiB: what goes beyond it must not hang the spawn."""
+def test_secrets_that_do_not_fit_are_refused_before_anything_is_made(daemon: RunningDaemon) -> None:
+    """The box's place for secrets is 1 MiB, in whole pages."""
     body = {"team": "lf-secrets", "network": "none", "command": ["true"]}
-    fits = [{"name": f"s{number}", "value": "x" * 200_000} for number in range(4)]
-    assert daemon.post("/v1/agents", {**body, "secrets": fits}).status == 201
-    more = [{"name": f"s{number}", "value": "x" * 250_000} for number in range(5)]
-    answer = daemon.post("/v1/agents", {**body, "secrets": more}, timeout=15)
-    assert 400 <= answer.status < 600
-    assert answer.json["code"] in ("secrets_too_large", "guest_failed", "body_too_large")
+    quarters = [{"name": f"s{number}", "value": "x" * 262_144} for number in range(4)]
+    fits = daemon.post("/v1/agents", {**body, "command": ["sleep", "60"], "secrets": quarters})
+    assert fits.status == 201
+    more = [*quarters, {"name": "last", "value": "x"}]
+    answer = daemon.post("/v1/agents", {**body, "team": "lf-secrets-none", "secrets": more}, timeout=15)
+    assert (answer.status, answer.json["code"]) == (413, "secrets_too_large")
+    assert daemon.get("/v1/teams/lf-secrets-none").status == 404
     assert b"xxxx" not in answer.content
     assert len(daemon.get("/v1/agents?team=lf-secrets").json["items"]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -226,6 +227,48 @@ def test_an_agent_is_never_root_even_where_the_folder_is_roots(daemon: RunningDa
     assert "workspace_not_owned" in [warning["code"] for warning in agent["warnings"]]
     seen = attack(daemon, "files", {"write": ["/workspace/x"]}, workspace={"source": str(folder)}, network="none")
     assert seen["write"] == {"/workspace/x": "EACCES"}
+
+
+MAKES_SETUID = """
+import ctypes, json, os, shutil
+def attempt(act):
+    try:
+        act()
+    except OSError as error:
+        return os.strerror(error.errno)
+    return "done"
+os.umask(0)
+shutil.copy("/usr/bin/true", "tool")
+tries = {
+    "chmod": lambda: os.chmod("tool", 0o4755),
+    "setgid": lambda: os.chmod("tool", 0o2755),
+    "fchmod": lambda: os.fchmod(os.open("tool", os.O_RDONLY), 0o4755),
+    "open": lambda: os.open("opened", os.O_CREAT | os.O_WRONLY, 0o4755),
+    "nameless": lambda: os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o4755),
+    "mkfifo": lambda: os.mkfifo("pipe", 0o4755),
+    "mknod": lambda: os.mknod("node", 0o104755),
+    "plain": lambda: os.chmod("tool", 0o755),
+    "new": lambda: os.open("new", os.O_CREAT | os.O_WRONLY, 0o755),
+    "pipe": lambda: os.mkfifo("pipe", 0o600),
+}
+os.mkdir("folder", 0o6755)
+print(json.dumps({name: attempt(act) for name, act in tries.items()}))
+"""
+
+
+def test_it_can_not_leave_a_setuid_file_on_the_host(daemon: RunningDaemon) -> None:
+    """Any user of the host could run one with the rights of the workspace's owner."""
+    folder = daemon.workspace("setuid", uid=1000)
+    agent = daemon.spawn(
+        "python3", "-c", MAKES_SETUID, team=team(daemon), network="none", workspace={"source": str(folder)}
+    )
+    daemon.wait(agent)
+    tried = json.loads(daemon.output(agent))
+    allowed = {"plain", "new", "pipe"}
+    assert {name for name, outcome in tried.items() if outcome == "done"} == allowed
+    assert {outcome for name, outcome in tried.items() if name not in allowed} == {"Operation not permitted"}
+    left = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert left == {"tool": 0o755, "new": 0o755, "pipe": 0o600, "folder": 0o755}
 
 
 @pytest.mark.parametrize("place", ["itself", "parent"])

@@ -7,6 +7,7 @@ import ipaddress
 import shutil
 import socket
 import subprocess
+import time
 import uuid
 from pathlib import Path
 
@@ -234,3 +235,13 @@ def test_no_team_gets_a_subnet_the_host_has_an_address_in(engine, image_pins) ->
             assert not {"connected", "echoed", "ECONNREFUSED"} & {*seen["tcp"].values(), *seen["udp"].values()}
     finally:
         subprocess.run([*host[:2], "del", *host[3:]], check=True, timeout=10)
+
+
+def test_a_daemon_stopped_in_the_middle_of_its_self_test_leaves_nothing_of_it(engine, image_pins) -> None:
+    """Two boxes of the test are built at once, and both are given up wherever they are."""
+    with running_daemon(engine, image_pins, start=False) as hasty:
+        for moment in (0.2, 0.5, 0.9, 1.4, 2.2):
+            hasty.start(proven=False)
+            time.sleep(moment)
+            hasty.stop()
+            assert hasty.leftovers(engine) == [], f"{moment} s after the start\n{hasty.log}"

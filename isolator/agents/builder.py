@@ -18,8 +18,10 @@ from typing import Any
 
 from isolator.agents.channel import Channel, Hello, StartFailure, remove_folder
 from isolator.backends.base import Backend
+from isolator.cancellation import uninterrupted
+from isolator.host.cgroups import Cgroup, check_limits
 from isolator.host.folders import HeldFolder, check_mounts_inside, stage, unstage
-from isolator.host.processes import check_confinement, check_limits
+from isolator.host.processes import check_confinement
 from isolator.model.box import BoxSpec
 from isolator.model.errors import BadRequest, BoxFailed, IsolatorError
 
@@ -35,10 +37,11 @@ Secrets = Sequence[tuple[str, str, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class BuiltBox:
-    """A box that runs: its id on the engine and its PID 1 on the host."""
+    """A box that runs: its id on the engine, its PID 1 on the host, whether its memory cap counts swap."""
 
     box_id: str
     pid: int
+    swap_capped: bool
 
 
 class BoxBuilder:
@@ -67,7 +70,7 @@ class BoxBuilder:
         try:
             return await self._build(spec, held, secrets, channel, pending)
         except BaseException:
-            await asyncio.shield(self._undo(spec, channel, pending))
+            await uninterrupted(self._undo(spec, channel, pending))
             raise
         finally:
             if held:
@@ -83,7 +86,7 @@ class BoxBuilder:
     ) -> BuiltBox:
         channel.listen()
         if held:
-            await asyncio.to_thread(stage, spec, held)
+            await uninterrupted(asyncio.to_thread(stage, spec, held))
         creating = asyncio.create_task(self._backend.create(spec))
         pending.append(creating)
         box_id = await asyncio.shield(creating)
@@ -92,21 +95,21 @@ class BoxBuilder:
         pending.append(starting)
         hello = await self._await_guest(box_id, channel, starting)
         check_confinement(hello.pid, spec)
-        check_limits(hello.pid, spec)
+        swap_capped = check_limits(Cgroup.of(hello.pid), spec.limits)
         check_mounts_inside(spec, hello.pid)
         try:
             started = await asyncio.wait_for(channel.release(secrets), _GUEST_TIMEOUT)
         except (ConnectionError, TimeoutError):
             raise BoxFailed(
                 "guest_failed",
-                "The box's PID 1 ended or fell silent before the command ran. Do its secrets fit (1 MiB together)?",
+                "The box's PID 1 ended or fell silent before the command ran.",
                 output=await self._last_words(box_id),
             ) from None
         if isinstance(started, StartFailure):
             raise _command_refused(spec, started)
         # The engine calls it running only when its start call returns; until then `docker ps` would disagree.
         await asyncio.shield(starting)
-        return BuiltBox(box_id, hello.pid)
+        return BuiltBox(box_id, hello.pid, swap_capped)
 
     async def _await_guest(self, box_id: str, channel: Channel, starting: asyncio.Task[None]) -> Hello:
         greeting = asyncio.create_task(channel.hello())

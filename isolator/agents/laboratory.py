@@ -13,8 +13,9 @@ from pathlib import Path
 from isolator.agents.builder import BoxBuilder
 from isolator.agents.channel import Channel, create_folder
 from isolator.backends.base import Backend, ImageResolver
+from isolator.cancellation import uninterrupted
 from isolator.host.addresses import host_networks
-from isolator.model.errors import Conflict, IsolatorError
+from isolator.model.errors import Conflict
 from isolator.model.identity import Principal
 from isolator.model.names import new_agent_id
 from isolator.model.request import EnsureRequest, LimitsRequest
@@ -74,16 +75,12 @@ class SelfTestLaboratory:
         raise Conflict("subnet_taken", "no piece of the subnet pool is free on this engine")
 
     async def _make_network(self, team: Team) -> None:
-        """Also when cancelled, return only when the engine has answered: `clear` then knows what there is."""
+        """Unless the engine said no, there may be a network, also after a call that it did not answer in time."""
         daemon = self._facts("").daemon
-        making = asyncio.create_task(self._backend.ensure_network(team.id, team.subnet, team.owner, daemon))
         self._teams[team.id] = team
         try:
-            await asyncio.shield(making)
-        except asyncio.CancelledError:
-            await asyncio.wait({making})
-            raise
-        except BaseException:
+            await uninterrupted(self._backend.ensure_network(team.id, team.subnet, team.owner, daemon))
+        except Conflict:
             del self._teams[team.id]
             raise
 
@@ -116,12 +113,16 @@ class SelfTestLaboratory:
         spec = compile_box(request, name, caller, self._teams[team], facts, self._settings)
         channel = Channel(self._builder.folder(agent), on_exit=on_exit, on_lost=lambda: None)
         self._boxes[agent] = channel
-        await asyncio.to_thread(create_folder, self._builder.folder(agent))
+        await uninterrupted(asyncio.to_thread(create_folder, self._builder.folder(agent)))
         built = await self._builder.build(spec, (), (), channel)
         return built.box_id, built.pid
 
     async def clear(self) -> None:
-        """Remove every box and network of the test."""
+        """Remove every box and network of the test; what the engine keeps is left to the next time, or to reconcile.
+
+        Raises:
+            IsolatorError: the engine's reason; something is left.
+        """
         for box in await self._backend.boxes():
             if box.agent in self._boxes:
                 await self._backend.remove(box.id)
@@ -130,9 +131,8 @@ class SelfTestLaboratory:
             await self._builder.discard(agent)
         self._boxes.clear()
         for team in list(self._teams):
-            with contextlib.suppress(IsolatorError):
-                await self._backend.remove_network(team)
-                del self._teams[team]
+            await self._backend.remove_network(team)
+            del self._teams[team]
 
 
 def _address_of(pid: int, subnet: str) -> str:

@@ -21,7 +21,7 @@ from isolator.agents.events import EventHub
 from isolator.agents.live import LiveAgent, Report
 from isolator.audit.log import AuditLog
 from isolator.backends.base import Backend, Box
-from isolator.host.processes import cpu_seconds, oom_kills
+from isolator.host.cgroups import cpu_seconds, oom_kills
 from isolator.model.agent import Agent, Exit, Reason
 from isolator.model.errors import IsolatorError, NotFound
 from isolator.model.identity import Principal

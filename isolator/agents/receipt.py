@@ -30,8 +30,8 @@ def docker_guarantees(network: Guarantee) -> Guarantees:
     }
 
 
-def receipt(spec: BoxSpec, guarantees: Guarantees) -> dict[str, dict[str, Any]]:
-    """The receipt of one box, for `GET /v1/agents/{id}`."""
+def receipt(spec: BoxSpec, guarantees: Guarantees, *, swap_capped: bool) -> dict[str, dict[str, Any]]:
+    """The receipt of one box, for `GET /v1/agents/{id}`; `swap_capped` as it was measured on it."""
     limits = spec.limits
     values = {
         "cpu-cap": f"{limits.cpus:g} of the host's cores",
@@ -43,6 +43,11 @@ def receipt(spec: BoxSpec, guarantees: Guarantees) -> dict[str, dict[str, Any]]:
         name: {"held": item.held, "how": f"{values[name]}: {item.how}" if name in values else item.how}
         for name, item in guarantees.items()
     }
+    if not swap_capped:
+        lines["memory-cap"] = {
+            "held": False,
+            "how": f"{format_size(limits.memory)}: cgroup limit, but this kernel does not count swap",
+        }
     if spec.network == "none":
         lines["network-isolation"] = {"held": True, "how": "no network but loopback"}
     writable = [mount.target for mount in spec.mounts if not mount.read_only]

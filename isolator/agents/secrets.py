@@ -7,9 +7,12 @@ from pathlib import Path
 
 from isolator.host.secrets import read_secret
 from isolator.model.box import SecretRef
-from isolator.model.errors import BadRequest
+from isolator.model.errors import BadRequest, TooLarge
 from isolator.model.identity import Principal
 from isolator.model.request import SecretRequest
+from isolator.policy.compile import SECRETS_SIZE
+
+_PAGE = 4096
 
 
 def collect_secrets(
@@ -23,6 +26,7 @@ def collect_secrets(
 
     Raises:
         NotFound, Forbidden, TooLarge: as `read_secret`. BadRequest: `secret_value_invalid`.
+        TooLarge: `secrets_too_large`: they do not fit into the box's memory for secret files together.
     """
     values: list[tuple[str, str, bytes]] = []
     for wish, ref in zip(asked, refs, strict=True):
@@ -40,4 +44,10 @@ def collect_secrets(
         if b"\x00" in value:
             raise BadRequest("secret_value_invalid", f"The secret {ref.name} holds a NUL: hand it over as a file.")
         values.append(("E", ref.variable or ref.name, value))
+    # A tmpfs gives whole pages.
+    if sum(-len(value) // _PAGE * -_PAGE for letter, _, value in values if letter == "s") > SECRETS_SIZE:
+        raise TooLarge(
+            "secrets_too_large",
+            f"The secret files have more than {SECRETS_SIZE} bytes together, each rounded up to {_PAGE}.",
+        )
     return values

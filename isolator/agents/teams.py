@@ -12,6 +12,7 @@ from dataclasses import replace
 from isolator.agents.events import EventHub
 from isolator.audit.log import AuditLog
 from isolator.backends.base import Backend
+from isolator.cancellation import uninterrupted
 from isolator.host.addresses import host_networks
 from isolator.model.errors import Conflict, IsolatorError, NotFound, TooMany
 from isolator.model.identity import Principal
@@ -99,7 +100,7 @@ class Teams:
             try:
                 await self._store.add_team(team)
             except BaseException:
-                await asyncio.shield(self._backend.remove_network(team_id))
+                await uninterrupted(self._backend.remove_network(team_id))
                 raise
         finally:
             self._reserved.discard(team.subnet)
@@ -186,17 +187,30 @@ class Teams:
 
     @contextlib.asynccontextmanager
     async def deleting(self, team: Team) -> AsyncIterator[None]:
-        """Closed to new spawns, and those under way have ended; on success the caller then calls `forget`."""
+        """Closed to new spawns, and those under way have ended; on success the caller then calls `forget`.
+
+        Raises:
+            Conflict: `team_deleting`, or `team_busy` if a spawn does not end.
+        """
         if team.id in self._deleting:
             raise Conflict("team_deleting", f"The team {team.id} is being deleted.")
         self._deleting.add(team.id)
         try:
-            async with asyncio.timeout(_DRAIN_TIMEOUT):
-                async with self._unused:
-                    await self._unused.wait_for(lambda: team.id not in self._users)
+            await self._drained(team)
             yield
         finally:
             self._deleting.discard(team.id)
+
+    async def _drained(self, team: Team) -> None:
+        try:
+            async with asyncio.timeout(_DRAIN_TIMEOUT), self._unused:
+                await self._unused.wait_for(lambda: team.id not in self._users)
+        except TimeoutError:
+            raise Conflict(
+                "team_busy",
+                f"Spawns are still under way in {team.id} after {_DRAIN_TIMEOUT:.0f} s. Try again; is the engine busy?",
+                retry_after=5,
+            ) from None
 
     async def forget(self, team: Team) -> None:
         """Remove the network and the record of a team without agents."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
 from aiohttp import web
 from pydantic import BaseModel
@@ -12,9 +12,10 @@ from pydantic.json_schema import models_json_schema
 
 from isolator import __version__
 from isolator.api.answers import Problem
+from isolator.api.route import Route
 
-if TYPE_CHECKING:
-    from isolator.api.routes import Route
+ROUTES: Final = web.AppKey("ROUTES", tuple[Route, ...])
+"""The table that an application serves, this document's source."""
 
 _REFERENCE = "#/components/schemas/{model}"
 _PATH_PARAMETER = re.compile(r"{(\w+)}")
@@ -22,10 +23,8 @@ _PATH_PARAMETER = re.compile(r"{(\w+)}")
 
 async def document(request: web.Request) -> web.StreamResponse:
     """GET /v1/openapi.json."""
-    del request
-    from isolator.api.routes import ROUTES  # noqa: PLC0415 - the table lists this very handler
-
-    return web.Response(body=json.dumps(build(ROUTES)).encode(), content_type="application/json")
+    routes = request.app[ROUTES]
+    return web.Response(body=json.dumps(build(routes)).encode(), content_type="application/json")
 
 
 def build(routes: tuple[Route, ...]) -> dict[str, Any]:

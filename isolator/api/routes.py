@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-
-from aiohttp import web
-from pydantic import BaseModel
-
 from isolator.api import agents, answers, openapi, system, teams
-from isolator.api.access import Access, Admin, AgentOwner, AnyPeer, TeamOwner
+from isolator.api.access import Admin, AgentOwner, AnyPeer, TeamOwner
+from isolator.api.route import Route
 from isolator.model.request import EnsureRequest, SpawnRequest, TeamRequest
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One row. `answers` maps status to a model, or to a content type for what is not JSON; `query` name to text."""
-
-    method: str
-    path: str
-    handler: Handler
-    access: Access
-    summary: str
-    answers: dict[int, type[BaseModel] | str]
-    body: type[BaseModel] | None = None
-    query: dict[str, str] = field(default_factory=dict)
-    headers: dict[str, str] = field(default_factory=dict)
-
 
 ANY, TEAM, AGENT, ADMIN = AnyPeer(), TeamOwner(), AgentOwner(), Admin()
 
@@ -117,7 +94,7 @@ ROUTES: tuple[Route, ...] = (
         {200: "text/plain"},
         query={
             "follow": "Go on until it ends.",
-            "tail": "Only the last lines.",
+            "tail": "Only the last lines, counted over both streams.",
             "stream": "stdout or stderr; both if absent.",
             "format": "raw, or frames (u8 stream, 3 zero bytes, u32 length, payload).",
         },

@@ -14,26 +14,40 @@ import socket
 import stat
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import http_exceptions, web
 from aiohttp.typedefs import Handler
 
+from isolator.api import openapi
 from isolator.api.access import caller_of
 from isolator.api.parts import PARTS, Parts
-from isolator.api.routes import ROUTES, Route
+from isolator.api.route import Route
+from isolator.api.routes import ROUTES
 from isolator.api.wire import check_query, problem_answer
 from isolator.model.errors import Forbidden, Internal, IsolatorError, NotFound, Unavailable
 
 _log = logging.getLogger(__name__)
+_http_log = logging.getLogger("isolator.http")
 _BACKLOG = 256
 _SHUTDOWN = 5.0
 # How long the rest of a refused request is still read, so that its sender gets to read the answer.
 _LINGER = 1.0
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a failure in the HTTP layer may be a defect; what is no HTTP at all is its sender's, who was told."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not issubclass(kind, http_exceptions.HttpProcessingError)
+
+
+# Any peer could fill the log otherwise, a traceback for each line of rubbish.
+_http_log.addFilter(_is_ours)
+
+
 def build_application(parts: Parts) -> web.Application:
     """The application with every route of the table."""
     application = web.Application(client_max_size=parts.settings.max_body, middlewares=[_answer_problems])
     application[PARTS] = parts
+    application[openapi.ROUTES] = ROUTES
     for route in ROUTES:
         application.router.add_route(route.method, route.path, _guarded(route))
     return application
@@ -116,6 +130,7 @@ class ApiServer:
         self._runner = web.AppRunner(
             build_application(parts),
             access_log=None,
+            logger=_http_log,
             handle_signals=False,
             handler_cancellation=True,
             keepalive_timeout=parts.settings.request_timeout,

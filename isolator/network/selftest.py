@@ -24,6 +24,7 @@ from typing import Any, Literal
 import psutil
 
 from isolator.backends.base import Guarantee
+from isolator.cancellation import uninterrupted
 from isolator.model.agent import timestamp
 from isolator.model.errors import IsolatorError, Unavailable
 
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 _RUN_TIMEOUT = 60.0
 _RETRY_FIRST = 1.0
 _RETRY_MOST = 30.0
+_CLEAR_PAUSES = (0.2, 1.0, 3.0)
 _PEER_PORT = 8080
 _EMBEDDED_RESOLVER = "127.0.0.11"
 _SERVE = "import http.server as h; h.ThreadingHTTPServer(('', %d), h.BaseHTTPRequestHandler).serve_forever()"
@@ -183,13 +185,14 @@ class NetworkProof:
 
     async def _clear(self) -> None:
         """Also when cancelled, return only when all is cleared: a daemon that ends leaves nothing of the test."""
-        clearing = asyncio.ensure_future(self._laboratory.clear())
-        try:
-            with contextlib.suppress(IsolatorError):
-                await asyncio.shield(clearing)
-        except asyncio.CancelledError:
-            await asyncio.wait({clearing})
-            raise
+        for pause in _CLEAR_PAUSES:
+            try:
+                await uninterrupted(self._laboratory.clear())
+            except IsolatorError as error:
+                _log.warning("what the network self-test made can't be removed yet: %s", error.detail)
+                await asyncio.sleep(pause)
+            else:
+                return
 
     async def _try_everything(self) -> tuple[Check, ...]:
         lab, mark = self._laboratory, secrets.token_hex(3)
@@ -227,7 +230,7 @@ async def _both(*work: Awaitable[str]) -> list[str]:
     except BaseException:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await uninterrupted(asyncio.wait(tasks))
         raise
 
 

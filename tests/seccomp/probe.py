@@ -22,7 +22,10 @@ HIGH = 1 << 32  # junk above the 32 bits of an int
 FASTOPEN = 0x2000_0000
 BUFFER = "a zeroed page"
 SELF = "own pid"
+CWD = 0xFFFF_FFFF_FFFF_FF9C  # AT_FDCWD
 SCRATCH = "a path in /tmp"
+ABSENT = "a path where nothing is"
+FOLDER = "/tmp"
 
 
 class Probe(NamedTuple):
@@ -87,7 +90,23 @@ PROBES = {
     "name_to_handle_at": Probe(303, 264, (NONE, 0, 0, 0, 0)),
     "open_by_handle_at": Probe(304, 265, (NONE, 0, 0), twin=False),
     "mknod of a device": Probe(133, -1, (SCRATCH, 0o020600, 0x103), twin=False),
-    "mknodat of a pipe": Probe(259, 33, (-100 & NONE, SCRATCH, 0o010600, 0)),
+    "mknod of a plain file": Probe(133, -1, (SCRATCH, 0o100600, 0)),
+    "mknodat of a device": Probe(259, 33, (CWD, SCRATCH, 0o020600, 0x103), twin=False),
+    "mknodat of a socket": Probe(259, 33, (CWD, SCRATCH, 0o140600, 0)),
+    "mknodat of a setuid pipe": Probe(259, 33, (CWD, SCRATCH, 0o014600, 0)),
+    "chmod to setuid": Probe(90, -1, (ABSENT, 0o4755)),
+    "chmod to setgid": Probe(90, -1, (ABSENT, 0o2755)),
+    "chmod to setuid, high bits set": Probe(90, -1, (ABSENT, HIGH | 0o4755)),
+    "fchmod to setuid": Probe(91, 52, (NONE, 0o4755)),
+    "fchmod to setgid": Probe(91, 52, (NONE, 0o2755)),
+    "fchmodat to setuid": Probe(268, 53, (CWD, ABSENT, 0o4755)),
+    "creat of a setuid file": Probe(85, -1, (SCRATCH, 0o4755)),
+    "open of a new setuid file": Probe(2, -1, (SCRATCH, 0o102, 0o4755)),
+    "open of a new setgid file": Probe(2, -1, (SCRATCH, 0o102, 0o2755)),
+    "openat of a new setuid file": Probe(257, 56, (CWD, SCRATCH, 0o102, 0o4755)),
+    "openat of a new setuid file, high bits set": Probe(257, 56, (CWD, SCRATCH, HIGH | 0o102, HIGH | 0o4755)),
+    "openat of a nameless setuid file": Probe(257, 56, (CWD, FOLDER, 0o20200002, 0o4755)),
+    "openat2": Probe(437, 437, (CWD, SCRATCH, BUFFER, 24), "ENOSYS"),
     "shmget": Probe(29, 194, (0, 4096, 0o600)),
     "shmat": Probe(30, 196, (0x7FFF_FFFF, 0, 0)),
     "semget": Probe(64, 190, (0, 1, 0o600)),
@@ -200,6 +219,16 @@ OPEN = {
     "sendmsg": (Probe(46, 211, (NONE, BUFFER, 0x4000)), "EBADF"),
     "sendmmsg": (Probe(307, 269, (NONE, BUFFER, 1, 0x4000)), "EBADF"),
     "clone": (Probe(56, 220, (17, 0, 0, 0, 0)), "ok"),
+    "mknod of a pipe": (Probe(133, -1, (SCRATCH, 0o010600, 0)), "ok"),
+    "mknodat of a pipe": (Probe(259, 33, (CWD, SCRATCH, 0o010600, 0)), "ok"),
+    "chmod": (Probe(90, -1, (ABSENT, 0o1777)), "ENOENT"),
+    "fchmod": (Probe(91, 52, (NONE, 0o755)), "EBADF"),
+    "fchmodat": (Probe(268, 53, (CWD, ABSENT, 0o755)), "ENOENT"),
+    "creat": (Probe(85, -1, (SCRATCH, 0o755)), "ok"),
+    "open of a new file": (Probe(2, -1, (SCRATCH, 0o102, 0o755)), "ok"),
+    "open of what is there, with rubbish for a mode": (Probe(2, -1, (FOLDER, 0o200000, NONE)), "ok"),
+    "openat of a new file": (Probe(257, 56, (CWD, SCRATCH, 0o102, 0o755)), "ok"),
+    "openat of what is there, with rubbish for a mode": (Probe(257, 56, (CWD, FOLDER, 0o200000, NONE)), "ok"),
     "landlock_create_ruleset": (Probe(444, 444, (0, 0, 1)), "ok"),
 }
 
@@ -210,7 +239,15 @@ def attempt(probe: Probe) -> str:
     libc.syscall.restype = ctypes.c_long
     page = ctypes.create_string_buffer(4096)
     path = ctypes.create_string_buffer(f"/tmp/probe-{os.getpid()}".encode())
-    special = {BUFFER: ctypes.addressof(page), SELF: os.getpid(), SCRATCH: ctypes.addressof(path)}
+    absent = ctypes.create_string_buffer(b"/tmp/absent")
+    folder = ctypes.create_string_buffer(FOLDER.encode())
+    special = {
+        BUFFER: ctypes.addressof(page),
+        SELF: os.getpid(),
+        SCRATCH: ctypes.addressof(path),
+        ABSENT: ctypes.addressof(absent),
+        FOLDER: ctypes.addressof(folder),
+    }
     args = [ctypes.c_ulong(special.get(arg, arg)) for arg in probe.args]
     parent = os.getpid()
     result = libc.syscall(ctypes.c_long(probe.x86 if X86 else probe.arm), *args)

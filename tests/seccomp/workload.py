@@ -202,6 +202,17 @@ def check_files() -> None:
         subprocess.run(["cp", "-a", one, Path(folder) / "three"], check=True, timeout=10)
 
 
+def check_named_pipe() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = Path(folder) / "pipe"
+        os.mkfifo(pipe)
+        if os.fork() == 0:
+            pipe.write_text("through")
+            os._exit(0)
+        assert pipe.read_text() == "through"
+        os.wait()
+
+
 def check_attributes_fail_softly() -> None:
     with tempfile.NamedTemporaryFile() as file:
         try:
