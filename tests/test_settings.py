@@ -248,7 +248,13 @@ def test_a_backend_that_is_not_here_is_refused_and_nothing_made(tmp_path: Path, 
     places = {f"ISOLATOR_{name}_DIR": str(tmp_path / name) for name in ("STATE", "RUNTIME")}
     refused = subprocess.run(
         [sys.executable, "-m", "isolator", "daemon"],
-        env={**os.environ, **places, "ISOLATOR_SOCKET": str(tmp_path / "socket"), "ISOLATOR_BACKEND": backend},
+        env={
+            **os.environ,
+            **places,
+            "ISOLATOR_SOCKET": str(tmp_path / "socket"),
+            "ISOLATOR_BACKEND": backend,
+            "ISOLATOR_MAX_MEMROY": "1g",
+        },
         capture_output=True,
         text=True,
         timeout=30,
@@ -257,4 +263,5 @@ def test_a_backend_that_is_not_here_is_refused_and_nothing_made(tmp_path: Path, 
     assert refused.returncode == 1
     assert f"no backend {backend}" in refused.stderr
     assert "(backend_unavailable)" in refused.stderr
+    assert "ISOLATOR_MAX_MEMROY" in refused.stderr, "a misspelt setting is at least told"
     assert [left.name for left in tmp_path.iterdir()] == ["empty.toml"]

@@ -157,7 +157,7 @@ def check(context: click.Context, session: Session, file: Path | None) -> None:
         except _Flawed as flawed:
             problems += flawed.flaws
     if file is None:
-        problems += _misspelt()
+        problems += misspelt()
     answer = {"ok": not problems, "file": str(checked), "problems": problems}
     found = "\n".join(escape(problem) for problem in problems)
     there = checked if checked.is_file() else f"no file at {checked}, environment and defaults"
@@ -166,7 +166,8 @@ def check(context: click.Context, session: Session, file: Path | None) -> None:
         context.exit(1)
 
 
-def _misspelt() -> list[str]:
+def misspelt() -> list[str]:
+    """What begins with ISOLATOR_ in the environment and is no setting, a sentence each."""
     from isolator.settings import Settings  # noqa: PLC0415 - as above
 
     known = set(Settings.model_fields)

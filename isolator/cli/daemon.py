@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from isolator.cli.config import settings_or_failure
-from isolator.cli.session import json_option
+from isolator.cli.config import misspelt, settings_or_failure
+from isolator.cli.session import json_option, note
 
 
 @click.command()
@@ -23,6 +23,8 @@ def daemon(config: Path | None) -> int:
     if config is not None:
         os.environ["ISOLATOR_CONFIG"] = str(config.absolute())
     settings = settings_or_failure()
+    for problem in misspelt():
+        note(f"WARNING isolator: {problem}")
     from isolator.daemon import run  # noqa: PLC0415 - no other command needs the daemon's parts
 
     return run(settings)
