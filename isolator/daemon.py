@@ -37,7 +37,6 @@ from isolator.backends.docker.images import ImageResolver
 from isolator.backends.docker.watch import EngineWatch
 from isolator.host import systemd
 from isolator.host.folders import FolderOpener
-from isolator.model.agent import Agent
 from isolator.model.errors import IsolatorError, Unavailable
 from isolator.model.image import ImageFacts
 from isolator.network.selftest import NetworkProof
@@ -50,7 +49,20 @@ from isolator.store.store import Store
 _log = logging.getLogger("isolator")
 _ENGINE_FACTS_LIFE = 30.0
 _SETTLE = 30.0
-_RECONCILE_AGAIN = 3.0
+_LEFT_OVER_AGAIN = 30.0
+# Why a daemon does not start, where trying again changes nothing: its unit does not try.
+_FINAL = frozenset(
+    {
+        "audit_damaged",
+        "backend_unavailable",
+        "folder_unsafe",
+        "seccomp_profile_invalid",
+        "seccomp_profile_missing",
+        "socket_unsafe",
+        "store_damaged",
+        "store_newer",
+    }
+)
 
 
 class Daemon:
@@ -62,7 +74,6 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[Any]] = []
         self._engine_facts: tuple[float, dict[str, Any]] = (0.0, {})
-        self._half_made: list[Agent] = []
 
     async def run(self) -> None:
         """Start, serve until told to stop, stop.
@@ -76,7 +87,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         try:
-            self._half_made = await self._reconciler.load()
+            await self._reconciler.load()
             listeners = systemd.listen_fds() or [open_socket(self.settings.socket_path, self.settings.socket_gid())]
             await self._audit.note("daemon.start", None, version=__version__, daemon=self._host.daemon)
             if self._audit.recovered:
@@ -108,12 +119,14 @@ class Daemon:
             credentials=Path(credentials) if credentials else None,
             backend=self._backend.name,
         )
+        record = settings.state_dir / "audit"
         try:
-            self._audit = AuditLog(settings.state_dir / "audit")
+            self._audit = AuditLog(record)
         except AuditLogDamaged as error:
             raise Unavailable(
                 "audit_damaged",
-                f"{error}. Nothing is served until an operator looked (isolator audit verify) and moved it away.",
+                f"{error}. Nothing is served until an operator looked (isolator audit verify --folder {record})"
+                " and moved it away.",
             ) from error
         except BlockingIOError as error:
             raise Unavailable("state_in_use", f"Another daemon uses {settings.state_dir}.") from error
@@ -241,19 +254,15 @@ class Daemon:
         self._spawn_task(self._after_engine_up())
 
     async def _after_engine_up(self) -> None:
-        while self._watch.up:
-            half_made, self._half_made = self._half_made, []
-            try:
-                await self._reconciler.run(half_made)
-                break
-            except IsolatorError as error:
-                self._half_made = half_made + self._half_made
-                _log.warning("reconcile will run again: %s", error)
-                await asyncio.sleep(_RECONCILE_AGAIN)
-        else:
+        left_over = await self._reconciler.run_until_done(lambda: self._watch.up)
+        if not self._watch.up:
             return
+        # One box that the engine will not let go of is no reason to serve nobody.
         await self._proof.run_until_decided()
         await self._events.publish("network.tested", status=self._proof.result.status)
+        while left_over and self._watch.up:
+            await asyncio.sleep(_LEFT_OVER_AGAIN)
+            left_over = await self._reconciler.run_until_done(lambda: self._watch.up)
 
     async def _engine_is_down(self) -> None:
         _log.warning("the engine does not answer")
@@ -365,7 +374,7 @@ def _make_folders(settings: Settings) -> None:
 
 
 def run(settings: Settings) -> int:
-    """Run a daemon until SIGTERM; the process's exit code."""
+    """Run a daemon until SIGTERM; the process's exit code, 125 where only somebody's hand can help, else 1."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     os.umask(0o077)
     socket.setdefaulttimeout(None)
@@ -377,5 +386,5 @@ def run(settings: Settings) -> int:
         asyncio.run(serve())
     except IsolatorError as error:
         _log.critical("%s (%s)", error.detail, error.code)
-        return 1
+        return 125 if error.code in _FINAL else 1
     return 0

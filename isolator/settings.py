@@ -139,7 +139,7 @@ class Settings(BaseSettings):
     default_cpus: float = Field(1.0, gt=0, le=1024, description="CPU cores an agent gets.")
     default_memory: Size = Field(parse_size("512m"), description="Memory an agent gets, swap included.")
     default_pids: int = Field(256, ge=4, description="Processes and threads an agent gets.")
-    default_disk: Size = Field(parse_size("64m"), description="Size of /tmp, the only writable place without mounts.")
+    default_disk: Size = Field(parse_size("64m"), description="Size of /tmp, and of /dev/shm as much again.")
     default_nofile: int = Field(4096, ge=64, description="Open files a process of the agent gets.")
     max_cpus: float = Field(64.0, gt=0, le=1024, description="Most cores a spawn may ask for (the host's own at most).")
     max_memory: Size = Field(parse_size("16g"), description="Most memory a spawn may ask for.")
@@ -157,7 +157,7 @@ class Settings(BaseSettings):
     network_proof_timeout: Seconds = Field(60.0, description="Longest a spawn waits for the network self-test.")
 
     # bounds of the API (docs/limits.md)
-    max_agents: int = Field(1000, ge=1, description="Agents alive at the same time.")
+    max_agents: int = Field(1000, ge=1, description="Agents held at a time, those that wait for their cleanup too.")
     max_concurrent_spawns: int = Field(64, ge=1, description="Spawns under way at the same time; more are told 429.")
     max_connections: int = Field(512, ge=8, description="Open connections to the socket; one more is closed at once.")
     max_body: Size = Field(parse_size("2m"), description="Largest request body.")

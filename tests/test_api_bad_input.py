@@ -86,6 +86,7 @@ BODIES: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "command with NUL": ({"command": ["echo", "a\x00b"]}, 400, "command_invalid", "NUL"),
     "command with an empty program": ({"command": [""]}, 400, "command_invalid", "program"),
     "command of 10,000 arguments": ({"command": ["echo"] * 10_000}, 400, INVALID, "command"),
+    "command of 131,073 bytes": ({"command": ["echo", "x" * 65_533, "x" * 65_533]}, 400, "command_too_long", "131072"),
     "one argument of 200 KB": ({"command": ["echo", "x" * 200_000]}, 400, INVALID, "command.1"),
     "command that is absent": ({"command": ["/no/such"]}, 400, "command_not_found", "/no/such"),
     "command that is a folder": ({"command": ["/etc"]}, 400, "command_not_executable", "/etc"),

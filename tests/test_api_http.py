@@ -88,7 +88,7 @@ def test_a_wrong_method_is_told_the_right_ones(daemon: RunningDaemon, method: st
         "/v1/agents?state=",
         "/v1/agents?team=a&team=b",
         "/v1/agents?all=maybe",
-        "/v1/agents?limit=3",
+        "/v1/agents?limit=0",
         "/v1/agents?team=a%00b",
         "/v1/agents?team=" + "a" * 257,
         "/v1/info?verbose=1",

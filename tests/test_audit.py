@@ -220,3 +220,21 @@ async def test_reading_beside_a_writer_sees_whole_lines_only(tmp_path: Path) -> 
     assert len(list(lines_of(log.path, size))) == 1
     assert verify(log.path, expected_entries=1, size=size).problem is None
     log.close()
+
+
+def test_whoever_stops_waiting_stops_nobody_else(tmp_path: Path) -> None:
+    """A caller who hangs up while their line is written must not take the writer along."""
+
+    async def main() -> None:
+        log = AuditLog(tmp_path / "audit")
+        for turns in range(30):
+            impatient = asyncio.create_task(log.note("request.refused", None))
+            for _ in range(turns % 3):
+                await asyncio.sleep(0)
+            impatient.cancel()
+            await asyncio.wait({impatient})
+        await asyncio.wait_for(log.note("daemon.stop", None), 5)
+        log.close()
+
+    asyncio.run(main())
+    assert verify(tmp_path / "audit" / "audit.jsonl").problem is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 from client_helpers import AGENT_ID, Asked, StandIn, Talk, agent, ended, event, frame, serving
 
+from isolator.audit.log import AuditLog
 from isolator.cli.checks.holes import HOLES, parse_version
 from isolator.cli.main import main
 from isolator.cli.text import cut, escape, table, width
@@ -446,6 +448,29 @@ def test_teams(run: Run, server: StandIn) -> None:
     assert run("team", "rm", "red").stdout == "red (2 agents removed)\n"
     removed = json.loads(run("team", "rm", "red", "--json").stdout)
     assert removed["items"] == [{"id": "red", "removed_agents": ["a", "b"]}]
+
+
+def test_the_record_is_read_without_the_daemon(run: Run, folder: Path) -> None:
+    """After damage no daemon starts, and somebody must look."""
+
+    async def write() -> None:
+        log = AuditLog(folder / "audit")
+        for number in range(3):
+            await log.note("agent.end", None, team="red", agent=f"a{number}")
+        log.close()
+
+    asyncio.run(write())
+    where = ("--folder", str(folder / "audit"))
+    assert "ok: 3 entries" in run("audit", "verify", *where).stdout
+    found = json.loads(run("audit", "search", "--agent", "a1", "--since", "2020-01-01", *where, "--json").stdout)
+    assert [item["agent"] for item in found["items"]] == ["a1"]
+    assert run("audit", "search", "--since", "yesterday", *where).exit_code == 125
+    path = folder / "audit" / "audit.jsonl"
+    path.write_text(path.read_text().replace('"a1"', '"a7"'))
+    broken = run("audit", "verify", *where)
+    assert (broken.exit_code, "BROKEN after 2 good entries" in broken.stdout) == (1, True)
+    path.unlink()
+    assert "is gone, with 3 entries" in run("audit", "verify", *where).stdout
 
 
 def test_audit(run: Run, server: StandIn) -> None:

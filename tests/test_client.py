@@ -127,6 +127,30 @@ def test_filters_are_sent_and_absent_ones_are_not(server: StandIn, client: Clien
     assert [asked.query for asked in server.asked] == [{}, {"team": "a b", "session": "s&t", "all": "true"}]
 
 
+def test_a_list_is_followed_to_its_last_page(server: StandIn, client: Client) -> None:
+    pages = {None: (["a", "b"], "p/2="), "p/2=": ([], "p3"), "p3": (["c"], None)}
+
+    def answer(talk: Talk, asked: Asked) -> None:
+        ids, following = pages[asked.query.get("after")]
+        talk.answer({"items": [agent(id=name) for name in ids], "next": following})
+
+    server.routes["GET", "/v1/agents"] = answer
+    assert [found.id for found in client.agents(team="red")] == ["a", "b", "c"]
+    assert [asked.query for asked in server.asked] == [
+        {"team": "red"},
+        {"team": "red", "after": "p/2="},
+        {"team": "red", "after": "p3"},
+    ]
+
+
+@pytest.mark.parametrize("following", ["round", 7, {}, ""])
+def test_a_list_without_an_end_is_told_so(server: StandIn, client: Client, following: object) -> None:
+    server.on("GET", "/v1/agents", {"items": [agent()], "next": following})
+    with pytest.raises(AnswerInvalid):
+        client.agents()
+    assert len(server.asked) <= 2
+
+
 # what is answered
 
 
@@ -509,6 +533,8 @@ def test_where_the_socket_is(monkeypatch: pytest.MonkeyPatch, folder: Path) -> N
     config.write_text('socket = "/srv/s"\nruntime_dir = "/srv/run"\n')
     assert find_socket() == Location(Path("/srv/s"), named=True)
     monkeypatch.setenv("ISOLATOR_RUNTIME_DIR", "/r")
+    assert find_socket().path == Path("/srv/s"), "the daemon listens there, wherever its runtime folder is"
+    config.write_text('runtime_dir = "/srv/run"\n')
     assert find_socket().path == Path("/r/isolator.sock")
     monkeypatch.setenv("ISOLATOR_SOCKET", "/e")
     assert find_socket().path == Path("/e")

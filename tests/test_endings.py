@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from test_store import SPEC
 
 from isolator.agents.endings import decide_exit
-from isolator.agents.live import Report
+from isolator.agents.live import Report, weight_of
 from isolator.backends.base import Box
 from isolator.model.agent import Exit
 
@@ -62,3 +65,11 @@ def test_the_detail_says_what_a_person_wants_to_know() -> None:
     assert "killed 3 of its processes" in (decide_exit(Report(0, 0, 3), None, None, None).detail or "")
     assert decide_exit(Report(0, 9, 0), None, "wall", "limits.wall was reached.").detail == "limits.wall was reached."
     assert decide_exit(Report(0, 0, 0), None, None, None).detail is None
+
+
+def test_a_wide_character_makes_the_whole_text_heavy() -> None:
+    """Memory is what 1000 agents could exhaust, and Python takes four bytes a character for the sake of one."""
+    narrow = weight_of(replace(SPEC, command=("x" * 100_000,)))
+    wide = weight_of(replace(SPEC, command=("x" * 99_999 + "\N{PILE OF POO}",)))
+    assert 100_000 < narrow < 110_000
+    assert 400_000 < wide < 410_000

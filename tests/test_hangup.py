@@ -102,18 +102,18 @@ def test_followers_who_hang_up_free_their_place(engine, image_pins) -> None:
         daemon.start(proven=False)
         agent = daemon.spawn("sleep", "600", team="hu-follow", network="none")
         path = f"/v1/agents/{agent['id']}/logs?follow"
-        for _ in range(3):
-            with contextlib.ExitStack() as stack:
-                for _ in range(2):
-                    assert stack.enter_context(streaming(daemon, path)).status == 200
-                refused = daemon.get(path)
-                assert (refused.status, refused.json["code"]) == (429, "followers_exhausted")
-            wait_for(lambda: _free(daemon), 10)
+        for kind in (path, "/v1/events", path):
+            wait_for(lambda kind=kind: _both_places_are_had(daemon, kind), 10)
 
 
-def _free(daemon: RunningDaemon) -> bool:
-    with streaming(daemon, "/v1/events") as first, streaming(daemon, "/v1/events") as second:
-        return (first.status, second.status) == (200, 200)
+def _both_places_are_had(daemon: RunningDaemon, path: str) -> bool:
+    """Two streams are served and a third is refused; False while whoever hung up just now still has a place."""
+    with streaming(daemon, path) as first, streaming(daemon, path) as second:
+        if (first.status, second.status) != (200, 200):
+            return False
+        refused = daemon.get(path)
+        assert (refused.status, refused.json["code"]) == (429, "followers_exhausted")
+        return True
 
 
 HALVES = {

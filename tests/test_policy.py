@@ -20,8 +20,8 @@ from isolator.model.errors import BadRequest, Forbidden, IsolatorError
 from isolator.model.identity import Principal
 from isolator.model.image import ImageFacts
 from isolator.model.request import EnsureRequest
-from isolator.policy.compile import compile_box, decide_secrets
-from isolator.policy.environment import check_environment
+from isolator.policy.compile import MAX_COMMAND_BYTES, compile_box, decide_secrets
+from isolator.policy.environment import MAX_BYTES, check_environment
 from isolator.policy.mounts import RESERVED_TARGETS, SYSTEM_FOLDERS, plan_mounts
 
 MANY = settings(max_examples=400, deadline=None)
@@ -275,3 +275,39 @@ def test_unlimited_can_not_be_said() -> None:
                 decide(EnsureRequest.model_validate({"limits": {field: value}}))
             assert caught.value.code == "limit_out_of_range"
             assert caught.value.fields["field"] == f"limits.{field}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["x" * 131_071],
+        ["echo", *["x" * 256] * 509],
+        ["\u00e9" * 65_535],  # two bytes each
+        ["\U0001f600" * 32_767],  # four
+    ],
+)
+def test_a_command_is_taken_up_to_its_bytes_and_refused_beyond(command: list[str]) -> None:
+    spare = MAX_COMMAND_BYTES - sum(len(argument.encode()) + 1 for argument in command)
+    assert 0 <= spare < 500
+    fits = [*command, "y" * (spare - 1)] if spare else command
+    assert decide(EnsureRequest(command=fits)).command == tuple(fits)
+    for beyond in ([*fits, ""], [fits[0] + "x", *fits[1:]]):
+        with pytest.raises(BadRequest) as caught:
+            decide(EnsureRequest(command=beyond))
+        assert caught.value.code == "command_too_long"
+        assert caught.value.fields["limit"] == MAX_COMMAND_BYTES
+
+
+def test_five_hundred_arguments_of_the_longest_kind_are_no_command() -> None:
+    with pytest.raises(BadRequest) as caught:
+        decide(EnsureRequest(command=["x" * 131_072] * 512))
+    assert caught.value.code == "command_too_long"
+
+
+def test_an_environment_is_taken_up_to_its_bytes_and_refused_beyond() -> None:
+    fits = {"A": "\u00e9" * 65_534, "B": "\u00e9" * 65_535}  # with the names, and "=" and NUL for each
+    assert dict(check_environment(fits)) == fits
+    with pytest.raises(IsolatorError) as caught:
+        check_environment({**fits, "B": fits["B"] + "\u00e9"})
+    assert (caught.value.status, caught.value.code) == (413, "env_too_large")
+    assert caught.value.fields["limit"] == MAX_BYTES

@@ -260,7 +260,7 @@ def test_a_backend_that_is_not_here_is_refused_and_nothing_made(tmp_path: Path, 
         timeout=30,
         check=False,
     )
-    assert refused.returncode == 1
+    assert refused.returncode == 125
     assert f"no backend {backend}" in refused.stderr
     assert "(backend_unavailable)" in refused.stderr
     assert "ISOLATOR_MAX_MEMROY" in refused.stderr, "a misspelt setting is at least told"

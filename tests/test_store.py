@@ -141,8 +141,15 @@ async def test_agents_are_found_by_all_that_is_given(store: Store) -> None:
     assert await found(team="other", owner="uid:2000") == []
     assert await found(session="x' OR '1'='1") == []
     assert await found(states=()) == []
-    assert await found(limit=1) == ["a1"]
-    assert await store.count_live() == 1
+
+
+async def test_an_agent_counts_as_alive_until_it_is_removed(store: Store) -> None:
+    states = ("creating", "running", "stopping", "exited", "lost", "removed")
+    for number, state in enumerate(states):
+        await store.add_agent(agent(number, state))
+    assert await store.count_live() == 5
+    await store.save_agent(agent(3, "removed"))
+    assert await store.count_live() == 4
 
 
 async def test_old_records_are_pruned_and_living_ones_never(store: Store) -> None:
@@ -150,6 +157,47 @@ async def test_old_records_are_pruned_and_living_ones_never(store: Store) -> Non
         await store.add_agent(agent(number, "removed" if number < 8 else "running"))
     await store.prune(3)
     assert [item.id for item in await store.agents()] == ["a5", "a6", "a7", "a8", "a9"]
+    await store.prune(3)
+    assert len(await store.agents()) == 5
+
+
+async def test_the_record_removed_longest_ago_goes_first_however_young_its_agent(store: Store) -> None:
+    await store.add_agent(agent(0))
+    await store.add_agent(agent(1, "exited").changed(finished_at=1500.0))
+    await store.add_agent(agent(2, "lost").changed(finished_at=1501.0))
+    for number in range(10, 20):
+        await store.add_agent(agent(number))
+        await store.save_agent(agent(number, "removed").changed(finished_at=2000.0 + number))
+    # Both are older, and the second ended before all the others did.
+    await store.save_agent(agent(0, "removed").changed(finished_at=3000.0))
+    await store.save_agent(agent(1, "removed").changed(finished_at=1500.0))
+    await store.prune(3)
+    assert [item.id for item in await store.agents()] == ["a0", "a1", "a2", "a19"]
+    # Written again, it is not removed again: its turn stays.
+    await store.save_agent(agent(19, "removed"))
+    await store.save_agent(agent(2, "removed"))
+    await store.prune(3)
+    assert [item.id for item in await store.agents()] == ["a0", "a1", "a2"]
+
+
+async def test_a_database_of_the_first_schema_is_brought_up_with_its_records_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "isolator.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+        for number, state, finished in ((1, "removed", 1900.0), (2, "removed", 1800.0), (3, "running", None)):
+            record = agent(number, state).changed(finished_at=finished)
+            connection.execute(
+                "INSERT INTO agent (id, team, name, owner, session, state, created_at, finished_at, record)"
+                " VALUES (?, 'crew', ?, 'uid:1000', 's', ?, ?, ?, ?)",
+                (record.id, record.spec.name, state, record.created_at, finished, dump_agent(record)),
+            )
+    connection.close()
+    store = await Store.open(path, 1000)
+    assert [item.id for item in await store.agents()] == ["a1", "a2", "a3"]
+    await store.save_agent(agent(3, "removed"))
+    await store.prune(2)
+    assert [item.id for item in await store.agents()] == ["a1", "a3"]
+    await store.close()
 
 
 async def test_event_numbers_grow_and_are_never_given_twice(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from isolator.agents.builder import BoxBuilder, Secrets
 from isolator.agents.channel import create_folder
 from isolator.agents.events import EventHub
 from isolator.agents.lifecycle import Lifecycle
-from isolator.agents.live import LiveAgent
+from isolator.agents.live import LiveAgent, weight_of
 from isolator.agents.notes import summary_of, warnings_of
 from isolator.agents.receipt import receipt
 from isolator.agents.secrets import collect_secrets
@@ -40,6 +40,9 @@ from isolator.store.store import Store
 
 Key = tuple[str, str, str]
 """An Idempotency-Key as it is stored: its owner, itself, the digest of the request it came with."""
+
+
+_MOST_HELD = 128 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +115,7 @@ class Launcher:
                     secrets = await self._secrets(request, spec, caller)
                     if spec.network == "team":
                         await self._proof.require(self._settings.network_proof_timeout)
-                    if await self._teams.realise(team, caller):
-                        self._provisional[team.id] = self._teams.get(team.id, caller)
+                    await self._realise(team, caller)
                     async with self._teams.using(team.id):
                         return (await self._build(spec, held, secrets, caller, key)).record
                 except BaseException:
@@ -127,6 +129,15 @@ class Launcher:
                 f"The spawn took more than {self._settings.spawn_timeout:.0f} s and was undone. Is the engine busy?",
                 retry_after=5,
             ) from None
+
+    async def _realise(self, team: Team, caller: Principal) -> None:
+        """Make a team that was only planned; to the end even if the spawn's time is over, to be undone as a whole."""
+        making = asyncio.ensure_future(self._teams.realise(team, caller))
+        try:
+            await uninterrupted(making)
+        finally:
+            if not making.cancelled() and making.exception() is None and making.result():
+                self._provisional[team.id] = self._teams.get(team.id, caller)
 
     def told(self, agent: Agent) -> None:
         """Somebody knows of this agent: the team that was made for it stays."""
@@ -185,11 +196,7 @@ class Launcher:
         caller: Principal,
         key: Key | None,
     ) -> LiveAgent:
-        if await self._store.count_live() >= self._settings.max_agents:
-            raise TooMany(
-                "agents_exhausted",
-                f"{self._settings.max_agents} agents are alive, which is the most. Stop some.",
-            )
+        await self._refuse_too_many(spec)
         record = Agent(
             id=spec.agent,
             spec=spec,
@@ -205,8 +212,8 @@ class Launcher:
         # Whoever wants to stop it or has seen it end waits until it has come to be, and was told so.
         async with live.lock:
             try:
-                await self._store.add_agent(record, key)
                 try:
+                    await self._store.add_agent(record, key)
                     await self._run(live, held, secrets)
                     await self._audit.outcome(
                         intent, "agent.spawn", "done", **subject, container=live.record.container_id
@@ -229,6 +236,22 @@ class Launcher:
             self._lifecycle.schedule(live)
         return live
 
+    async def _refuse_too_many(self, spec: BoxSpec) -> None:
+        if await self._store.count_live() >= self._settings.max_agents:
+            raise TooMany(
+                "agents_exhausted",
+                f"{self._settings.max_agents} agents are held, those that wait for their cleanup included, which is"
+                " the most. Stop some.",
+            )
+        # By their number alone, agents with the longest commands and environments could outgrow the daemon's memory.
+        held = weight_of(spec) + sum(live.weight for live in self._lifecycle.live())
+        if held > _MOST_HELD:
+            raise TooMany(
+                "agents_exhausted",
+                f"The commands, environments and mounts of all agents take more than {_MOST_HELD} bytes of memory"
+                " together. Stop some, or pass data by files.",
+            )
+
     async def _take_back(self, live: LiveAgent) -> None:
         """Leave nothing of a spawn that failed at whatever point."""
         spec = live.record.spec
@@ -237,8 +260,7 @@ class Launcher:
             await self._builder.demolish(spec, live.channel)
         else:
             await self._builder.discard(spec.agent)
-        self._lifecycle.drop(spec.agent)
-        await self._store.delete_agent(spec.agent)
+        await self._lifecycle.drop(spec.agent)
 
     async def _run(self, live: LiveAgent, held: Sequence[HeldFolder], secrets: Secrets) -> None:
         record = live.record

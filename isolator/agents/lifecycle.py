@@ -33,6 +33,8 @@ _END_WAITS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.4)
 _RETRY = 5.0
 _IDLE_SHARE = 0.01
 _LAST_WORDS = 2.0
+# How long a box may go on after its PID 1 has told the end; a guest of ours leaves when it hears that it was heard.
+_LEAVE = 15.0
 # A guest without a daemon knocks at least once in a second.
 _KNOCK = 2.0
 
@@ -97,10 +99,16 @@ class Lifecycle:
             live.record = live.record.changed(pid=hello.pid)
 
         def on_exit(code: int, number: int) -> None:
-            pid = live.record.pid
-            live.report = Report(code, number, oom_kills(pid) if pid else 0)
-            live.reported.set()
-            self._later(self._acknowledge(live))
+            # PID 1 of a foreign image may say anything, as often as it likes: its first word counts.
+            if live.report is None:
+                pid = live.record.pid
+                live.report = Report(code, number, oom_kills(pid) if pid else 0)
+                live.reported.set()
+                overdue = time.time() + _LEAVE
+                self._deadlines.at(overdue, lambda: self.expire(agent_id, "killed", "PID 1 told the end and stayed."))
+            if not live.acknowledging:
+                live.acknowledging = True
+                self._later(self._acknowledge(live))
 
         def on_lost() -> None:
             self._later(self.finish(agent_id))
@@ -110,18 +118,26 @@ class Lifecycle:
 
     @staticmethod
     async def _acknowledge(live: LiveAgent) -> None:
-        if live.channel is not None:
-            await live.channel.bye()
+        try:
+            if live.channel is not None:
+                await live.channel.bye()
+        finally:
+            live.acknowledging = False
 
     def hold(self, live: LiveAgent) -> None:
         """Keep an agent from now on."""
         self._live[live.record.id] = live
 
-    def drop(self, agent_id: str) -> None:
-        """Forget one that never came to be."""
+    async def drop(self, agent_id: str) -> None:
+        """Forget one that never came to be, its record too; as often as it takes where the disk refuses."""
         live = self._live.pop(agent_id, None)
         if live is not None:
             live.ended.set()
+        try:
+            await self._store.delete_agent(agent_id)
+        except IsolatorError as error:
+            _log.warning("the record of agent %s, which never came to be, stays for now: %s", agent_id, error)
+            self._deadlines.at(time.time() + _RETRY, lambda: self.drop(agent_id))
 
     def schedule(self, live: LiveAgent, earliest: float = 0.0) -> None:
         """Set the deadlines of a running agent, none before `earliest`, Unix time."""
@@ -225,11 +241,12 @@ class Lifecycle:
     async def _expire(self, live: LiveAgent, cause: Reason, detail: str) -> None:
         record = live.record
         box = await self._box_of(live)
-        if live.report is not None or box is None or box.state == "exited":
+        if box is None or box.state == "exited":
             return  # it ended by itself, and is told so
         subject = {"team": record.spec.team, "agent": record.id}
         intent = await self._audit.intent("agent.expire", None, **subject, cause=cause)
-        live.cause, live.detail = live.cause or cause, live.detail or detail
+        if live.report is None:
+            live.cause, live.detail = live.cause or cause, live.detail or detail
         try:
             await self._backend.kill(record.container_id or record.id)
         except IsolatorError:
@@ -263,11 +280,12 @@ class Lifecycle:
         if live is None:
             return
         async with live.lock:
-            if live.record.state not in ("exited", "lost"):
+            if live.record.state not in ("exited", "lost", "stopping"):
                 return
             try:
                 await self._remove(live)
-            except IsolatorError:
+            except IsolatorError as error:
+                _log.warning("the box of agent %s can't be removed yet: %s", agent_id, error)
                 self._deadlines.at(time.time() + _RETRY, lambda: self._clean_up(agent_id))
 
     async def stop(self, live: LiveAgent, caller: Principal | None, grace: float) -> Agent:
@@ -277,7 +295,7 @@ class Lifecycle:
 
         Raises:
             NotFound: its spawn failed meanwhile.
-            Unavailable: `engine_unavailable`; the agent may still run, and stopping again is right.
+            Unavailable: `engine_unavailable`; what is left of it is removed as soon as the engine can.
         """
         record = live.record
         subject = {"team": record.spec.team, "agent": record.id}
@@ -303,7 +321,11 @@ class Lifecycle:
             if live.record.state == "running":
                 await self._end_by_request(live, grace)
             if live.record.state != "removed":
-                await self._remove(live)
+                try:
+                    await self._remove(live)
+                except IsolatorError:
+                    self._deadlines.at(time.time() + _RETRY, lambda: self._clean_up(live.record.id))
+                    raise
 
     async def settle(self) -> None:
         """Break off the stops under way, for the daemon ends: the next one's reconcile finishes them."""

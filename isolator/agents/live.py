@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from dataclasses import dataclass, field
 
 from isolator.agents.channel import Channel
 from isolator.model.agent import Agent, Reason
+from isolator.model.box import BoxSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,16 @@ class Report:
     code: int
     signal: int
     oom_kills: int
+
+
+def weight_of(spec: BoxSpec) -> int:
+    """Bytes of memory that a spec's texts of free size take; a wide character makes all of its text wide."""
+    texts = [*spec.command]
+    for pair in spec.environment:
+        texts.extend(pair)
+    for mount in spec.mounts:
+        texts += (str(mount.source), str(mount.target))
+    return sum(sys.getsizeof(text) for text in texts)
 
 
 @dataclass(slots=True)
@@ -30,9 +42,15 @@ class LiveAgent:
     detail: str | None = None
     touched_at: float = field(default_factory=time.time)
     cpu_seconds: float = 0.0
+    acknowledging: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     reported: asyncio.Event = field(default_factory=asyncio.Event)
+    weight: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Weighs the spec, which never changes."""
+        self.weight = weight_of(self.record.spec)
 
     def touch(self) -> None:
         """Somebody used it: its idle time starts anew."""

@@ -24,6 +24,7 @@ from isolator.model.errors import IsolatorError
 from isolator.store.store import Store
 
 _log = logging.getLogger(__name__)
+_AGAIN = 3.0
 _PARALLEL = 4
 
 
@@ -36,6 +37,8 @@ class Findings:
     ended: list[str] = field(default_factory=list)
     networks_removed: list[str] = field(default_factory=list)
     networks_made: list[str] = field(default_factory=list)
+    stuck: list[str] = field(default_factory=list)
+    """What the engine did not let go of: boxes that nobody was promised, agents whose stop was begun."""
 
 
 class Reconciler:
@@ -65,20 +68,32 @@ class Reconciler:
         self._building = building
         self._daemon = daemon
         self._runtime = runtime_dir
+        # Never answered by an earlier daemon, and not undone yet.
+        self._half_made: dict[str, Agent] = {}
         self._lock = asyncio.Lock()
 
-    async def load(self) -> list[Agent]:
-        """Hold every promised agent again, before the API opens; returns those never answered, to be undone."""
-        half_made: list[Agent] = []
+    async def load(self) -> None:
+        """Hold every promised agent again, before the API opens; those never answered are undone by the next run."""
         for record in await self._store.agents(states=("creating", "running", "stopping", "exited", "lost")):
             if record.state == "creating":
-                half_made.append(record)
+                self._half_made[record.id] = record
             else:
                 self._lifecycle.adopt(record)
-        return half_made
 
-    async def run(self, half_made: list[Agent] | None = None) -> Findings:
-        """One join.
+    async def run_until_done(self, engine_is_up: Callable[[], bool]) -> bool:
+        """Run, again and again where it can't be done while the engine is up; whether something is left over."""
+        while engine_is_up():
+            try:
+                findings = await self.run()
+            except IsolatorError as error:
+                _log.warning("reconcile will run again: %s", error)
+                await asyncio.sleep(_AGAIN)
+                continue
+            return bool(self._half_made or findings.stuck)
+        return False
+
+    async def run(self) -> Findings:
+        """One join. What the engine does not let go of is left for the next run.
 
         Raises:
             Unavailable: `engine_unavailable`; run it again when the engine is back.
@@ -86,8 +101,11 @@ class Reconciler:
         async with self._lock:
             findings = Findings()
             boxes = await self._backend.boxes()
-            for record in half_made or []:
-                await self._undo(record, boxes, findings)
+            for record in list(self._half_made.values()):
+                try:
+                    await self._undo(record, boxes, findings)
+                except IsolatorError as error:
+                    _log.warning("the half-made agent %s can't be undone yet: %s", record.id, error)
             await self._join_agents(boxes, findings)
             await self._remove_orphans(boxes, findings)
             await self._join_networks(findings)
@@ -118,6 +136,7 @@ class Reconciler:
                 await self._backend.remove(box.id)
         await self._builder.discard(record.id)
         await self._store.delete_agent(record.id)
+        self._half_made.pop(record.id, None)
         findings.removed.append(record.id)
 
     async def _join_agents(self, boxes: list[Box], findings: Findings) -> None:
@@ -141,8 +160,13 @@ class Reconciler:
         box = boxes.get(record.container_id or "")
         if record.state == "stopping":
             # Its stop was begun and never answered: end it.
-            await self._lifecycle.stop(live, None, 0.0)
-            findings.ended.append(agent_id)
+            try:
+                await self._lifecycle.stop(live, None, 0.0)
+            except IsolatorError as error:
+                _log.warning("the stop of agent %s is tried again: %s", agent_id, error)
+                findings.stuck.append(agent_id)
+            else:
+                findings.ended.append(agent_id)
         elif record.state == "running" and box is not None and box.spec not in ("", record.spec_digest):
             await self._lifecycle.expire(agent_id, "lost", "Its box does not carry the spec it was promised.")
             findings.ended.append(agent_id)
@@ -159,7 +183,12 @@ class Reconciler:
             known = live is not None and live.record.container_id in (None, box.id)
             if not known and box.agent not in self._building():
                 _log.warning("removing a box nobody was promised: %s of agent %s", box.id[:12], box.agent)
-                await self._backend.remove(box.id)
+                try:
+                    await self._backend.remove(box.id)
+                except IsolatorError as error:
+                    _log.warning("the box %s stays for now: %s", box.id[:12], error)
+                    findings.stuck.append(box.id)
+                    continue
                 findings.removed.append(box.agent or box.id[:12])
 
     async def _join_networks(self, findings: Findings) -> None:

@@ -8,7 +8,7 @@ one's agent.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from typing import Any
 
 from isolator.agents.launcher import Key, Launcher
@@ -19,14 +19,17 @@ from isolator.agents.teams import Teams
 from isolator.host.folders import close_all
 from isolator.model.agent import Agent
 from isolator.model.box import differing_fields
-from isolator.model.errors import BadRequest, Conflict, IsolatorError, TooMany
+from isolator.model.errors import BadRequest, Conflict, IsolatorError, TooMany, Unavailable
 from isolator.model.identity import Principal
 from isolator.model.names import check_name, new_agent_id
 from isolator.model.request import EnsureRequest, SpawnRequest
 from isolator.settings import Settings
 from isolator.store.store import Store
 
+_log = logging.getLogger(__name__)
 MAX_KEY = 255
+# Between two tries to undo what nobody was told of.
+_AGAIN = 5.0
 
 
 class Spawner:
@@ -62,14 +65,16 @@ class Spawner:
             raise BadRequest("idempotency_key_invalid", f"Idempotency-Key must be 1 to {MAX_KEY} printable characters.")
         digest = request_digest(request)
         while True:
-            if (earlier := self._keys.get((caller.owner, key))) is not None:
+            # What is under way may be replaced by its own undoing: wait until nothing is.
+            while (earlier := self._keys.get((caller.owner, key))) is not None:
                 await asyncio.wait({earlier})
             known = await self._store.idempotent(caller.owner, key)
+            # While the store was asked, another request may have begun under the key, or the first been given up.
+            if (caller.owner, key) in self._keys:
+                continue
             if known is not None:
                 return await self._first_answer(known, digest)
-            # While the store was asked, another request may have begun under the key: then wait for that one.
-            if (caller.owner, key) not in self._keys:
-                break
+            break
         return await self._start(request.team, request.name, request, caller, (caller.owner, key, digest))
 
     async def _first_answer(self, known: tuple[str, str], digest: str) -> Agent:
@@ -80,6 +85,10 @@ class Spawner:
                 "This Idempotency-Key was used for another request. Use a new key for a new spawn.",
             )
         agent = await self._store.agent(agent_id)
+        if agent is not None and agent.state == "creating":
+            raise Unavailable(
+                "store_unavailable", "A failed spawn under this key is still being undone. Try again.", retry_after=5
+            )
         if agent is None:
             raise Conflict("idempotency_key_reused", "The agent first spawned under this key is gone.")
         return agent
@@ -176,13 +185,20 @@ class Spawner:
         if live is None or task.cancelled() or task.exception() is not None:
             return
         live.detail = "Its caller hung up before it was told."
-        with contextlib.suppress(IsolatorError):
-            await self._lifecycle.stop(live, None, 0.0)
-            await self._store.delete_agent(agent_id)
+        while True:
+            try:
+                await self._lifecycle.stop(live, None, 0.0)
+                await self._store.delete_agent(agent_id)
+                break
+            except IsolatorError as error:
+                _log.warning("agent %s, of which nobody was told, can't be undone yet: %s", agent_id, error)
+                await asyncio.sleep(_AGAIN)
         await self._launcher.undo_team(live.record.spec.team)
 
     async def settle(self, timeout: float) -> None:
         """Wait for the spawns under way, at most `timeout` seconds."""
         work: set[asyncio.Task[Any]] = {*self._under_way.values(), *self._abandoning.values()}
         if work:
-            await asyncio.wait(work, timeout=timeout)
+            _, unfinished = await asyncio.wait(work, timeout=timeout)
+            for task in unfinished:
+                task.cancel()

@@ -14,7 +14,7 @@ from isolator.audit.log import AuditLog
 from isolator.backends.base import Backend
 from isolator.cancellation import uninterrupted
 from isolator.host.addresses import host_networks
-from isolator.model.errors import Conflict, IsolatorError, NotFound, TooMany
+from isolator.model.errors import Conflict, IsolatorError, NotFound, TooMany, Unavailable
 from isolator.model.identity import Principal
 from isolator.model.names import check_name
 from isolator.model.team import Team
@@ -96,7 +96,13 @@ class Teams:
     async def _create(self, team_id: str, caller: Principal) -> Team:
         team = Team(team_id, caller.owner, self._reserve(), time.time())
         try:
-            team = await self._make_network(team)
+            try:
+                team = await self._make_network(team)
+            except Unavailable:
+                # The engine may have made it without being able to say so.
+                with contextlib.suppress(IsolatorError):
+                    await self._backend.remove_network(team_id)
+                raise
             try:
                 await self._store.add_team(team)
             except BaseException:
@@ -164,6 +170,7 @@ class Teams:
         async with self.deleting(team):
             await self.forget(team)
         await self._audit.outcome(intent, "team.delete", "undone", team=team.id)
+        await self._events.publish("team.deleted", owner=team.owner, team=team.id)
         return True
 
     @contextlib.asynccontextmanager

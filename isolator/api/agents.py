@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 
 from aiohttp import web
@@ -12,12 +13,14 @@ from isolator.api.access import caller_of
 from isolator.api.parts import PARTS
 from isolator.api.wire import json_answer, query_flag, query_number, query_text, read_model
 from isolator.model.agent import Agent, State
-from isolator.model.errors import BadRequest, NotFound, TooMany
+from isolator.model.errors import BadRequest, IsolatorError, NotFound, TooMany
 from isolator.model.request import EnsureRequest, SpawnRequest
+from isolator.store.listing import HELD_STATES, PAGE_BYTES, Place, Wanted
 
-STATES: tuple[State, ...] = ("creating", "running", "exited", "stopping", "removed", "lost")
-_HELD: tuple[State, ...] = ("creating", "running", "exited", "stopping", "lost")
+STATES: tuple[State, ...] = (*HELD_STATES, "removed")
 LONGEST_WAIT = 60.0
+MOST_LISTED = 1000
+_PIECE = 256 * 1024
 MOST_LINES = 1_000_000
 _STREAM_NUMBERS = {"stdout": 1, "stderr": 2}
 
@@ -42,24 +45,62 @@ async def ensure(request: web.Request) -> web.StreamResponse:
 
 
 async def list_agents(request: web.Request) -> web.StreamResponse:
-    """GET /v1/agents."""
+    """GET /v1/agents, a page of it."""
     parts, caller = request.app[PARTS], caller_of(request)
-    state = query_text(request, "state")
-    states = _HELD
-    if state is not None:
-        chosen = tuple(known for known in STATES if known in state.split(","))
-        if len(chosen) != len(set(state.split(","))):
-            raise BadRequest("invalid_query", f"?state= must be of {', '.join(STATES)}.")
-        states = chosen
-    elif query_flag(request, "all"):
-        states = STATES
-    agents = await parts.store.agents(
-        states=states,
+    wanted = Wanted(
+        states=_states(request),
         team=query_text(request, "team"),
         session=query_text(request, "session"),
         owner=None if caller.is_admin else caller.owner,
     )
-    return json_answer({"items": [_current(request, agent).answer() for agent in agents], "next": None})
+    limit = query_number(request, "limit", 1, MOST_LISTED)
+    left = MOST_LISTED if limit is None else int(limit)
+    page = await parts.store.page(wanted, after=_place(request), limit=left, most_bytes=_PIECE)
+    # Written piece by piece as it is taken: many callers who ask and do not read cost a piece each, not a page.
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    await response.write(b'{"items":[')
+    size = 0
+    while True:
+        items = _items(request, page.agents)
+        left -= len(page.agents)
+        place = page.next
+        if items:
+            await response.write(b"," + items if size else items)
+        size += len(items)
+        if place is None or left <= 0 or size > PAGE_BYTES - _PIECE:
+            break
+        try:
+            page = await parts.store.page(wanted, after=place, limit=left, most_bytes=_PIECE)
+        except IsolatorError:  # a page may end anywhere; whoever asks for the next one is told the reason
+            break
+    await response.write_eof(f'],"next":{json.dumps(None if place is None else place.text())}}}'.encode())
+    return response
+
+
+def _items(request: web.Request, agents: list[Agent]) -> bytes:
+    answers = (_current(request, agent).answer() for agent in agents)
+    return ",".join(json.dumps(answer, separators=(",", ":")) for answer in answers).encode()
+
+
+def _states(request: web.Request) -> tuple[State, ...]:
+    text = query_text(request, "state")
+    if text is None:
+        return STATES if query_flag(request, "all") else HELD_STATES
+    chosen = tuple(known for known in STATES if known in text.split(","))
+    if len(chosen) != len(set(text.split(","))):
+        raise BadRequest("invalid_query", f"?state= must be of {', '.join(STATES)}.")
+    return chosen
+
+
+def _place(request: web.Request) -> Place | None:
+    text = query_text(request, "after")
+    if text is None:
+        return None
+    try:
+        return Place.from_text(text)
+    except ValueError:
+        raise BadRequest("invalid_query", "?after= must be `next` of an earlier page, unchanged.") from None
 
 
 def _current(request: web.Request, agent: Agent) -> Agent:
@@ -92,11 +133,13 @@ async def stop(request: web.Request) -> web.StreamResponse:
     parts, caller = request.app[PARTS], caller_of(request)
     grace = query_number(request, "grace", 0, 600)
     live = parts.lifecycle.find(request.match_info["agent"])
-    if live is not None:
-        # A caller who hangs up has still asked for it: the stop goes on.
-        grace = parts.settings.stop_grace if grace is None else grace
-        await asyncio.shield(asyncio.create_task(parts.lifecycle.stop(live, caller, grace)))
-    return json_answer((await _record(request)).answer())
+    if live is None:
+        return json_answer((await _record(request)).answer())
+    # A caller who hangs up has still asked for it: the stop goes on.
+    grace = parts.settings.stop_grace if grace is None else grace
+    stopped = await asyncio.shield(asyncio.create_task(parts.lifecycle.stop(live, caller, grace)))
+    # Not looked up again: records of removed agents are dropped by number, perhaps this one already.
+    return json_answer(stopped.answer())
 
 
 async def logs(request: web.Request) -> web.StreamResponse:

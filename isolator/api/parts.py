@@ -16,6 +16,7 @@ from isolator.agents.spawner import Spawner
 from isolator.agents.teams import Teams
 from isolator.api.metrics import Metrics
 from isolator.audit.log import AuditLog
+from isolator.audit.reading import LogReader
 from isolator.backends.base import Backend, Guarantees, ImageResolver
 from isolator.network.selftest import NetworkProof
 from isolator.settings import Settings
@@ -24,7 +25,11 @@ from isolator.store.store import Store
 
 @dataclass(frozen=True)
 class Parts:
-    """The daemon's parts. `engine_up` and `engine_facts` tell of the engine; `followers` bounds streams."""
+    """The daemon's parts. `engine_up` and `engine_facts` tell of the engine; `followers` bounds streams.
+
+    `searches` and `verifications` read the audit log: apart, because only admins verify, and whoever searches must
+    not keep them from it.
+    """
 
     settings: Settings
     store: Store
@@ -43,6 +48,8 @@ class Parts:
     degraded: Callable[[], list[dict[str, str]]]
     stopping: asyncio.Event
     followers: asyncio.Semaphore
+    searches: LogReader = field(default_factory=LogReader)
+    verifications: LogReader = field(default_factory=LogReader)
     started_at: float = field(default_factory=time.time)
 
 

@@ -65,6 +65,8 @@ ROUTES: tuple[Route, ...] = (
             "state": "Only these states, comma-separated.",
             "session": "Only this session's.",
             "all": "Removed ones too.",
+            "limit": "At most so many (1 to 1000); fewer where they are large.",
+            "after": "`next` of the page before.",
         },
     ),
     Route(

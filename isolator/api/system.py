@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 import time
-from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -16,12 +17,12 @@ from isolator.api.access import caller_of
 from isolator.api.metrics import CONTENT_TYPE
 from isolator.api.parts import PARTS, Parts
 from isolator.api.wire import json_answer, query_flag, query_number, query_text
-from isolator.audit.reading import Query, search, verify
-from isolator.model.agent import timestamp
+from isolator.audit.reading import Query, find, moment_text, verify
 from isolator.model.errors import BadRequest, TooMany
 from isolator.model.identity import Principal
 
 MOST_ENTRIES = 10_000
+_MOST_ANSWER = 4 << 20
 _MOST_EVENT = 2**53
 _MOST_DIGITS = 20
 
@@ -184,7 +185,17 @@ async def audit_search(request: web.Request) -> web.StreamResponse:
         until=_moment(request, "until"),
         limit=100 if limit is None else int(limit),
     )
-    return json_answer({"items": await asyncio.to_thread(search, parts.audit.path, query), "next": None})
+    body = await parts.searches.run(lambda stop: _found(parts.audit.path, query, stop))
+    return web.Response(body=body, content_type="application/json")
+
+
+def _found(path: Path, query: Query, stop: threading.Event) -> bytes:
+    """The answer, written out on the reader's thread: some megabytes would hold up the loop."""
+    found = find(path, query, most_bytes=_MOST_ANSWER, stop=stop)
+    answer: dict[str, Any] = {"items": found.items, "next": None}
+    if found.truncated:
+        answer["truncated"] = True
+    return json.dumps(answer, separators=(",", ":")).encode()
 
 
 def _moment(request: web.Request, name: str) -> str | None:
@@ -193,8 +204,7 @@ def _moment(request: web.Request, name: str) -> str | None:
     if text is None:
         return None
     try:
-        moment = datetime.fromisoformat(text)
-        return timestamp((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+        return moment_text(text)
     except (ValueError, OverflowError):
         raise BadRequest(
             "invalid_query", f"?{name}= must be a moment such as 2030-01-31T12:00:00Z (RFC 3339)."
@@ -203,7 +213,9 @@ def _moment(request: web.Request, name: str) -> str | None:
 
 async def audit_verify(request: web.Request) -> web.StreamResponse:
     """POST /v1/audit/verify."""
-    log = request.app[PARTS].audit
-    head = log.head
-    found = await asyncio.to_thread(lambda: verify(log.path, expected_entries=head.sequence, size=head.size))
+    parts = request.app[PARTS]
+    path, head = parts.audit.path, parts.audit.head
+    found = await parts.verifications.run(
+        lambda stop: verify(path, expected_entries=head.sequence, size=head.size, stop=stop)
+    )
     return json_answer(found.answer())

@@ -30,6 +30,7 @@ from isolator.model.agent import timestamp
 from isolator.model.errors import Unavailable
 from isolator.model.identity import Principal
 
+LOG_FILE = "audit.jsonl"
 _BLOCK = 65536
 
 
@@ -50,13 +51,13 @@ class AuditLog:
     """The log of one daemon; opened once, written by one thread."""
 
     def __init__(self, folder: Path) -> None:
-        """Open `folder`/audit.jsonl, made if absent.
+        """Open the log in `folder`, made if absent.
 
         Raises:
             AuditLogDamaged: truncated or broken at its end. BlockingIOError: another daemon has it open.
         """
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path = folder / "audit.jsonl"
+        self.path = folder / LOG_FILE
         self._head_path = folder / "head"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor = os.open(self.path, flags, 0o600)
@@ -111,6 +112,8 @@ class AuditLog:
                 subject.pop(field, None)
         record["detail"] = subject
         done: Future[None] = Future()
+        # From here on it can't be cancelled: a caller who hangs up only stops waiting, the line is written.
+        done.set_running_or_notify_cancel()
         self._queue.put((record, done))
         await asyncio.wrap_future(done)
 

@@ -1,14 +1,24 @@
-"""`audit search`, `audit verify`: read the record of every act."""
+"""`audit search`, `audit verify`: read the record of every act, through the daemon or where it lies."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import click
 
 from isolator.cli.progress import Progress
 from isolator.cli.reference import TeamReference
-from isolator.cli.session import Session, json_option, pass_session
+from isolator.cli.session import Failure, Session, json_option, pass_session
+
+folder_option = click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Read the log in this folder instead, without the daemon: its own (as root), or a copy.",
+)
 
 
 @click.group()
@@ -24,28 +34,26 @@ def audit() -> None:
 @click.option("--since", metavar="TIME", help="From then on, RFC 3339 in UTC: 2026-01-31T12:00:00Z.")
 @click.option("--until", metavar="TIME", help="Up to then.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="How many, newest.")
+@folder_option
 @json_option
 @pass_session
-def search(session: Session, /, **wanted: str | int | None) -> None:
+def search(session: Session, /, folder: Path | None, **wanted: Any) -> None:
     """Show the newest entries that match, oldest first."""
-    with session.client(timeout=60) as client:
-        entries = client.audit(**wanted)  # type: ignore[arg-type] # the options' names are the arguments'
+    if folder is not None:
+        entries = _search_folder(folder, **wanted)
+    else:
+        with session.client(timeout=60) as client:
+            entries = [entry.raw for entry in client.audit(**wanted)]
+    columns = ("seq", "time", "actor", "kind", "act", "team", "agent", "result")
     rows = [
         (
-            entry.sequence,
-            entry.time,
-            entry.actor,
-            entry.raw.get("kind"),
-            entry.act,
-            entry.raw.get("team"),
-            entry.raw.get("agent"),
-            entry.raw.get("result"),
-            json.dumps(detail) if (detail := entry.raw.get("detail")) else None,
+            *(entry.get(column) for column in columns),
+            json.dumps(detail) if (detail := entry.get("detail")) else None,
         )
         for entry in entries
     ]
     session.show_table(
-        {"items": [entry.raw for entry in entries], "next": None},
+        {"items": entries, "next": None},
         ("SEQ", "TIME", "ACTOR", "KIND", "ACT", "TEAM", "AGENT", "RESULT", "DETAIL"),
         rows,
         flexible=(8,),
@@ -54,20 +62,55 @@ def search(session: Session, /, **wanted: str | int | None) -> None:
 
 
 @audit.command("verify")
+@folder_option
 @json_option
 @pass_session
 @click.pass_context
-def verify(context: click.Context, session: Session) -> None:
+def verify(context: click.Context, session: Session, folder: Path | None) -> None:
     """Check the log's whole chain; exit 1 if anything was edited, removed or inserted."""
-    with session.client() as client, Progress("reading the audit log", enabled=not session.json):
-        state = client.verify_audit()
+    with Progress("reading the audit log", enabled=not session.json):
+        if folder is not None:
+            state = _verify_folder(folder)
+        else:
+            with session.client() as client:
+                state = client.verify_audit().raw
     session.show(
-        state.raw,
+        state,
         lambda: (
-            f"ok: {state.entries} entries, head {state.head}"
-            if state.ok
-            else f"BROKEN after {state.entries} good entries: {state.problem}"
+            f"ok: {state['entries']} entries, head {state['head']}"
+            if state["ok"]
+            else f"BROKEN after {state['entries']} good entries: {state['problem']}"
         ),
     )
-    if not state.ok:
+    if not state["ok"]:
         context.exit(1)
+
+
+def _search_folder(folder: Path, **wanted: Any) -> list[dict[str, Any]]:
+    from isolator.audit.log import LOG_FILE  # noqa: PLC0415 - without the daemon only
+    from isolator.audit.reading import Query, moment_text  # noqa: PLC0415 - as above
+    from isolator.audit.reading import search as search_file  # noqa: PLC0415 - as above
+
+    for name in ("since", "until"):
+        if wanted[name] is not None:
+            try:
+                wanted[name] = moment_text(wanted[name])
+            except (ValueError, OverflowError):
+                raise click.BadParameter("name a moment such as 2030-01-31T12:00:00Z", param_hint=f"--{name}") from None
+    with _readable(folder):
+        return search_file(folder / LOG_FILE, Query(**wanted))
+
+
+def _verify_folder(folder: Path) -> dict[str, Any]:
+    from isolator.audit.reading import verify_folder  # noqa: PLC0415 - as above
+
+    with _readable(folder):
+        return verify_folder(folder).answer()
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"The log in {folder} can't be read: {error.strerror}. Are you root?") from error

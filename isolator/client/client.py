@@ -148,7 +148,18 @@ class Client:
     ) -> list[Agent]:
         """The agents you may see; removed ones only if asked for, or by state."""
         query = {"team": team, "state": state, "session": session, "all": True if removed else None}
-        return [Agent.from_answer(item) for item in _items(self._call("GET", "/v1/agents", query=query))]
+        found: list[Agent] = []
+        places: set[str | None] = {None}
+        place: str | None = None
+        while True:
+            answer = self._call("GET", "/v1/agents", query={**query, "after": place})
+            found += (Agent.from_answer(item) for item in _items(answer))
+            place = _next_page(answer)
+            if place is None:
+                return found
+            if place in places:
+                raise AnswerInvalid("The daemon's list leads back to a page of its own and has no end.")
+            places.add(place)
 
     def agent(self, agent: str) -> Agent:
         """One agent, by id."""
@@ -318,3 +329,11 @@ def _items(answer: Answer) -> list[dict[str, Any]]:
     if not isinstance(items, list):
         raise AnswerInvalid("The daemon's answer holds no items: is something else listening there?")
     return [item for item in items if isinstance(item, dict)]
+
+
+def _next_page(answer: Answer) -> str | None:
+    """What to ask for the page after this one with, None if it is the last."""
+    place = _object(answer).get("next")
+    if place is not None and not isinstance(place, str):
+        raise AnswerInvalid("The daemon's answer names no next page that could be asked for.")
+    return place

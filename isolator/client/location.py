@@ -30,12 +30,11 @@ def find_socket(given: Path | None = None) -> Location:
         return Location(given.absolute(), named=True)
     if socket := os.environ.get("ISOLATOR_SOCKET"):
         return Location(Path(socket), named=True)
-    if folder := os.environ.get("ISOLATOR_RUNTIME_DIR"):
-        return Location(Path(folder) / _FILE, named=True)
     configured = _configured()
     if isinstance(socket := configured.get("socket"), str):
         return Location(Path(socket), named=True)
-    if isinstance(folder := configured.get("runtime_dir"), str):
+    folder = os.environ.get("ISOLATOR_RUNTIME_DIR") or configured.get("runtime_dir")
+    if isinstance(folder, str):
         return Location(Path(folder) / _FILE, named=True)
     if os.geteuid() == 0:
         return Location(SYSTEM_SOCKET, named=False)

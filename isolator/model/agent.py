@@ -11,8 +11,6 @@ from isolator.model.box import BoxSpec
 State = Literal["creating", "running", "exited", "stopping", "removed", "lost"]
 Reason = Literal["exited", "killed", "oom", "wall", "ttl", "lost"]
 
-LIVE_STATES: tuple[State, ...] = ("creating", "running", "stopping")
-
 
 def timestamp(moment: float | None) -> str | None:
     """RFC 3339 in UTC with microseconds, or None."""

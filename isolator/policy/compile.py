@@ -27,6 +27,8 @@ SECRETS_SIZE = 1024 * 1024
 MAX_GRACE = 86_400.0
 MAX_TTL = 366 * 86_400.0
 MOST_UID = 2**31 - 1
+# What the kernel takes as one argument. Records hold the whole command, and every list of agents repeats it.
+MAX_COMMAND_BYTES = 131_072
 _SECRET_NAME_EXTRA = frozenset("-_.")
 
 
@@ -221,6 +223,15 @@ def _command(command: Sequence[str]) -> tuple[str, ...]:
         check_text(argument, "command_invalid", "An argument of the command")
     if command and not command[0]:
         raise BadRequest("command_invalid", "The command's first word, the program, is empty.")
+    # The NUL after each argument counts, as it does for the kernel.
+    total = sum(len(argument.encode()) + 1 for argument in command)
+    if total > MAX_COMMAND_BYTES:
+        raise BadRequest(
+            "command_too_long",
+            f"The command has {total} bytes, its arguments together; {MAX_COMMAND_BYTES} are allowed."
+            " Pass data by a file.",
+            limit=MAX_COMMAND_BYTES,
+        )
     return tuple(command)
 
 

@@ -48,6 +48,17 @@ MIGRATIONS: tuple[str, ...] = (
     ) STRICT;
     CREATE TABLE fact (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
     """,
+    # removal: 1 for the agent that was removed first, and so on; NULL until then. The index for lists has every
+    # column they choose by, so that what is not chosen costs no look at its record.
+    """
+    ALTER TABLE agent ADD COLUMN removal INTEGER;
+    UPDATE agent SET removal = numbered.removal FROM (
+        SELECT id, row_number() OVER (ORDER BY coalesce(finished_at, created_at), id) AS removal
+        FROM agent WHERE state = 'removed'
+    ) AS numbered WHERE agent.id = numbered.id;
+    CREATE INDEX agent_removal ON agent (removal) WHERE removal IS NOT NULL;
+    CREATE INDEX agent_listing ON agent (created_at, id, state, team, session, owner);
+    """,
 )
 
 

@@ -16,11 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from isolator.model.agent import LIVE_STATES, Agent, State
+from isolator.model.agent import Agent, State
 from isolator.model.errors import Conflict, Unavailable
 from isolator.model.event import Event
 from isolator.model.team import Team
-from isolator.store.records import dump_agent, load_agent
+from isolator.store.listing import HELD_STATES, PAGE_BYTES, Page, Place, Wanted, read_page
+from isolator.store.records import load_agent
+from isolator.store.rows import prune_removed, write_agent
 from isolator.store.schema import migrate
 
 Result = TypeVar("Result")
@@ -143,7 +145,7 @@ class Store:
         def add() -> None:
             try:
                 with self._transaction():
-                    self._write(agent, insert=True)
+                    write_agent(self._connection, agent, insert=True)
                     if key is not None:
                         self._connection.execute(
                             "INSERT OR REPLACE INTO idempotency (owner, key, request, agent, created_at)"
@@ -161,31 +163,7 @@ class Store:
 
     async def save_agent(self, agent: Agent) -> None:
         """Write an agent's record over the one that is there."""
-        await self._run(lambda: self._write(agent, insert=False))
-
-    def _write(self, agent: Agent, *, insert: bool) -> None:
-        values = (
-            agent.spec.team,
-            agent.spec.name,
-            agent.spec.owner,
-            agent.spec.session,
-            agent.state,
-            agent.created_at,
-            agent.finished_at,
-            dump_agent(agent),
-            agent.id,
-        )
-        if insert:
-            statement = (
-                "INSERT INTO agent (team, name, owner, session, state, created_at, finished_at, record, id)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            )
-        else:
-            statement = (
-                "UPDATE agent SET team = ?, name = ?, owner = ?, session = ?, state = ?, created_at = ?,"
-                " finished_at = ?, record = ? WHERE id = ?"
-            )
-        self._connection.execute(statement, values)
+        await self._run(lambda: write_agent(self._connection, agent, insert=False))
 
     async def delete_agent(self, agent_id: str) -> None:
         """Forget an agent that never came to be, its idempotency key too."""
@@ -211,28 +189,27 @@ class Store:
         team: str | None = None,
         session: str | None = None,
         owner: str | None = None,
-        limit: int = 10_000,
     ) -> list[Agent]:
-        """Agents that match all that is given, oldest first."""
-        clauses: list[str] = []
-        values: list[str] = []
-        if states is not None:
-            clauses.append(f"state IN ({','.join('?' * len(states))})")
-            values.extend(states)
-        for column, value in (("team", team), ("session", session), ("owner", owner)):
-            if value is not None:
-                clauses.append(f"{column} = ?")
-                values.append(value)
-        where = f"WHERE {' AND '.join(clauses)}" if clauses else ""
-        statement = f"SELECT record FROM agent {where} ORDER BY created_at, id LIMIT ?"  # noqa: S608 - fixed names
-        rows = await self._run(lambda: self._connection.execute(statement, (*values, limit)).fetchall())
-        return [load_agent(row[0]) for row in rows]
+        """Every agent that matches all that is given, oldest first. For answers, take pages: this has no bound."""
+        wanted = Wanted(states, team, session, owner)
+        page = await self.page(wanted)
+        agents = page.agents
+        while page.next is not None:
+            page = await self.page(wanted, after=page.next)
+            agents += page.agents
+        return agents
+
+    async def page(
+        self, wanted: Wanted, *, after: Place | None = None, limit: int = 1000, most_bytes: int = PAGE_BYTES
+    ) -> Page:
+        """At most `limit` of the agents wanted, oldest first, from a place on; fewer where their records are large."""
+        return await self._run(lambda: read_page(self._connection, wanted, after, limit, most_bytes))
 
     async def count_live(self) -> int:
-        """How many agents are alive."""
-        marks = ",".join("?" * len(LIVE_STATES))
+        """How many agents are alive, that is: not removed. One that has ended still has its box, logs and record."""
+        marks = ",".join("?" * len(HELD_STATES))
         statement = f"SELECT count(*) FROM agent WHERE state IN ({marks})"  # noqa: S608 - only question marks
-        row = await self._run(lambda: self._connection.execute(statement, LIVE_STATES).fetchone())
+        row = await self._run(lambda: self._connection.execute(statement, HELD_STATES).fetchone())
         return int(row[0])
 
     async def idempotent(self, owner: str, key: str) -> tuple[str, str] | None:
@@ -245,14 +222,10 @@ class Store:
         return None if row is None else (row[0], row[1])
 
     async def prune(self, records_kept: int) -> None:
-        """Drop the oldest removed records and idempotency keys of more than a day ago."""
+        """Drop the records removed longest ago, and idempotency keys of more than a day ago."""
 
         def prune() -> None:
-            self._connection.execute(
-                "DELETE FROM agent WHERE state IN ('removed', 'lost') AND id NOT IN (SELECT id FROM agent"
-                " WHERE state IN ('removed', 'lost') ORDER BY created_at DESC LIMIT ?)",
-                (records_kept,),
-            )
+            prune_removed(self._connection, records_kept)
             self._connection.execute("DELETE FROM idempotency WHERE created_at < ?", (time.time() - _KEY_LIFE,))
 
         await self._run(prune)

@@ -7,19 +7,22 @@ if its digest is on the operator's list, and only after its file system was chec
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from isolator.backends.docker.engine import Engine
+from isolator.backends.docker.engine import Engine, translate
 from isolator.images.inspect import check_foreign_image
 from isolator.images.lock import read_lock
-from isolator.model.errors import BadRequest, BoxFailed, Forbidden, NotFound
+from isolator.model.errors import BadRequest, BoxFailed, Forbidden, NotFound, TooLarge
 from isolator.model.image import ImageFacts
 from isolator.model.names import check_image_reference
 
-_log = logging.getLogger(__name__)
 _OUR_PYTHON = "/usr/bin/python3"
+# Older engines write the whole export to a file before its first byte arrives.
+_EXPORT_SILENCE = 300.0
 
 
 class ImageResolver:
@@ -31,7 +34,7 @@ class ImageResolver:
         self._lock = lock
         self._allowed = frozenset(allowed)
         self._known: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {}
-        self._checking: dict[str, asyncio.Lock] = {}
+        self._checks = _ContentChecks(engine)
 
     def pins(self) -> dict[str, str]:
         """Our images' names and digests, as pinned now.
@@ -90,32 +93,26 @@ class ImageResolver:
     async def _facts(self, reference: str, digest: str, *, ours: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
         if digest in self._known:
             return self._known[digest]
-        async with self._checking.setdefault(digest, asyncio.Lock()):
-            if digest in self._known:
-                return self._known[digest]
-            try:
-                found = await self._engine.call(lambda client: client.inspect_image(digest))
-            except NotFound:
-                raise NotFound(
-                    "image_not_found",
-                    f"{reference} is pinned to {digest}, which the engine does not have. Build or load it again.",
-                    image=reference,
-                ) from None
-            config = found.get("Config") or {}
-            _refuse_tricks(reference, config)
-            interpreter = _OUR_PYTHON
-            if not ours:
-                checked = await self._engine.call(lambda client: check_foreign_image(client, digest))
-                if checked.python is None:
-                    raise Forbidden(
-                        "image_unsupported",
-                        f"{reference} has no Python 3 at /usr/bin or /usr/local/bin, which the guest needs.",
-                        image=reference,
-                    )
-                interpreter = checked.python
-            pairs = (item.partition("=") for item in config.get("Env") or [])
-            self._known[digest] = interpreter, tuple((key, value) for key, _, value in pairs)
-            return self._known[digest]
+        try:
+            found = await self._engine.call(lambda client: client.inspect_image(digest))
+        except NotFound:
+            raise NotFound(
+                "image_not_found",
+                f"{reference} is pinned to {digest}, which the engine does not have. Build or load it again.",
+                image=reference,
+            ) from None
+        config = found.get("Config") or {}
+        _refuse_tricks(reference, config)
+        interpreter = _OUR_PYTHON if ours else await self._checks.python_of(digest)
+        if interpreter is None:
+            raise Forbidden(
+                "image_unsupported",
+                f"{reference} has no Python 3 at /usr/bin or /usr/local/bin, which the guest needs.",
+                image=reference,
+            )
+        pairs = (item.partition("=") for item in config.get("Env") or [])
+        self._known[digest] = interpreter, tuple((key, value) for key, _, value in pairs)
+        return self._known[digest]
 
     async def overview(self) -> list[dict[str, Any]]:
         """Pinned images and whether the engine has them."""
@@ -128,6 +125,75 @@ class ImageResolver:
                 present = False
             images.append({"name": name, "digest": digest, "present": present})
         return images
+
+
+class _ContentChecks:
+    """What the content of foreign images says: read once for each digest, one image at a time.
+
+    Reading may take longer than a spawn may. So it belongs to none of those who wait for it: whoever gave up finds it
+    further on when asking again, or done. Nor is it the engine's workers' task, which are for calls that end soon.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._one = asyncio.Lock()
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._done: dict[str, str | Forbidden | TooLarge | None] = {}
+
+    async def python_of(self, digest: str) -> str | None:
+        """The image's Python 3, None if it has none.
+
+        Raises:
+            Forbidden: `image_unsafe`. TooLarge: `image_too_large`. What else a check raises was not the image's fault,
+            and the next to ask has it made again.
+        """
+        if digest not in self._done:
+            if digest not in self._under_way:
+                self._under_way[digest] = asyncio.create_task(self._check(digest))
+                self._under_way[digest].add_done_callback(lambda task: self._ended(digest, task))
+            await asyncio.shield(self._under_way[digest])
+        told = self._done[digest]
+        if isinstance(told, Forbidden | TooLarge):
+            raise _anew(told)
+        return told
+
+    def _ended(self, digest: str, task: asyncio.Task[None]) -> None:
+        del self._under_way[digest]
+        if not task.cancelled():
+            task.exception()  # seen, also where nobody waits any more
+
+    async def _check(self, digest: str) -> None:
+        async with self._one:
+            try:
+                self._done[digest] = await self._on_own_thread(digest)
+            except (Forbidden, TooLarge) as refusal:
+                self._done[digest] = _anew(refusal)
+
+    async def _on_own_thread(self, digest: str) -> str | None:
+        done: Future[str | None] = Future()
+        done.set_running_or_notify_cancel()
+
+        def work() -> None:
+            try:
+                done.set_result(self._read(digest))
+            except BaseException as error:  # noqa: BLE001 - the lock is held until the thread has told how it ended
+                done.set_exception(error)
+
+        # Not of a pool, whose threads the interpreter waits for: the daemon ends whatever is being read.
+        threading.Thread(target=work, name="isolator-image-check", daemon=True).start()
+        return await asyncio.wrap_future(done)
+
+    def _read(self, digest: str) -> str | None:
+        try:
+            with contextlib.closing(self._engine.connect(_EXPORT_SILENCE)) as client:
+                return check_foreign_image(client, digest).python
+        except Exception as error:
+            raise translate(error) from error
+
+
+def _anew(refusal: Forbidden | TooLarge) -> Forbidden | TooLarge:
+    """The same refusal without where it was raised: that would keep all that was read of the image."""
+    return type(refusal)(refusal.code, refusal.detail, **refusal.fields)
 
 
 def _refuse_tricks(reference: str, config: dict[str, Any]) -> None:

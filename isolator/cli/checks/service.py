@@ -172,18 +172,14 @@ def check_record(facts: Facts, client: Client) -> list[Finding]:
 
 
 def _read_record(folder: Path, mend: str) -> list[Finding]:
-    from isolator.audit.reading import noted_entries, verify  # noqa: PLC0415 - without the daemon only
+    from isolator.audit.reading import verify_folder  # noqa: PLC0415 - without the daemon only
 
-    path = folder / "audit.jsonl"
     try:
-        if not path.exists():
-            noted = noted_entries(folder)
-            if noted:
-                return [Finding("audit log", "broken", f"{path} is gone, with {noted} entries", mend)]
-            return [Finding("audit log", "ok", "none yet")]
-        state = verify(path, expected_entries=noted_entries(folder))
+        state = verify_folder(folder)
+    except FileNotFoundError:
+        return [Finding("audit log", "ok", "none yet")]
     except OSError as error:
-        return [Finding("audit log", "weak", f"not verified: {path}: {error.strerror}", "run doctor as root")]
+        return [Finding("audit log", "weak", f"not verified: {folder}: {error.strerror}", "run doctor as root")]
     if state.problem is None:
         return [Finding("audit log", "ok", f"whole: {state.entries} entries (read without the daemon)")]
     return [Finding("audit log", "broken", f"not whole: {state.problem}", mend)]
