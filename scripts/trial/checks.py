@@ -119,12 +119,12 @@ def readiness() -> None:
     with drop_in("Environment=STANDIN_NEVER_READY=1", "TimeoutStartSec=2", "Restart=no"):
         check("a daemon that never says READY=1 does not start", run("systemctl", "start", UNIT).returncode != 0)
     check("one that does, does", run("systemctl", "start", UNIT).returncode == 0)
-    with drop_in("Environment=STANDIN_EXIT=78"):
+    with drop_in("Environment=STANDIN_EXIT=125"):
         run("systemctl", "stop", "isolator.socket")
         run("systemctl", "start", UNIT)
         time.sleep(3)
         check(
-            "a wrong configuration (exit 78) is not tried again",
+            "a wrong configuration (exit 125) is not tried again",
             show("NRestarts") == "0",
             show("ActiveState"),
         )

@@ -195,7 +195,7 @@ def main() -> int:
     interval = watchdog_interval()
     print(f"sockets: {[one.getsockname() for one in sockets]}, watchdog every {interval} s")  # noqa: T201
     if len(sockets) != 1:
-        return 78
+        return 125
     if os.environ.get("STANDIN_NEVER_READY"):
         time.sleep(600)
     if os.environ.get("STANDIN_EXIT"):
