@@ -94,11 +94,15 @@ class RunningDaemon:
             **self.extra,
         }
 
+    def command(self) -> list[str]:
+        """What starts it."""
+        return [sys.executable, "-m", "isolator", "daemon"]
+
     def start(self, *, proven: bool = True) -> None:
         """Start it and wait until it answers; with `proven`, until the network self-test has passed."""
         with (self.home / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "isolator", "daemon"],
+                self.command(),
                 env=self.environment(),
                 stdout=log,
                 stderr=log,
@@ -106,11 +110,15 @@ class RunningDaemon:
             )
         wait_for(self._answers, 20, lambda: f"the daemon did not start:\n{self.log}")
         if proven:
-            wait_for(
-                lambda: self.get("/v1/info").json["network"]["status"] == "proven",
-                60,
-                lambda: f"the network was not proven: {self.get('/v1/info').json['network']}\n{self.log}",
-            )
+            self.until_proven()
+
+    def until_proven(self) -> None:
+        """Wait until the network self-test has passed."""
+        wait_for(
+            lambda: self.get("/v1/info").json["network"]["status"] == "proven",
+            60,
+            lambda: f"the network was not proven: {self.get('/v1/info').json['network']}\n{self.log}",
+        )
 
     def _answers(self) -> bool:
         assert self.process is not None

@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -176,26 +175,8 @@ class InnerDaemon(RunningDaemon):
 
     engine: OwnEngine
 
-    def start(self, *, proven: bool = True) -> None:
-        with (self.home / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                self.engine.inside(sys.executable, "-m", "isolator", "daemon"),
-                env=self.environment(),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
-        wait_for(self._answers, 20, lambda: f"the daemon did not start:\n{self.log}")
-        if proven:
-            self.until_proven()
-
-    def until_proven(self) -> None:
-        """Wait until the network self-test has passed."""
-        wait_for(
-            lambda: self.get("/v1/info").json["network"]["status"] == "proven",
-            60,
-            lambda: f"the network was not proven:\n{self.log[-3000:]}",
-        )
+    def command(self) -> list[str]:
+        return self.engine.inside(*super().command())
 
     def leftovers(self, client: docker.DockerClient) -> list[str]:
         """As its parent's, with the mounts of the engine's namespace."""
