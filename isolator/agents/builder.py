@@ -74,7 +74,7 @@ class BoxBuilder:
             raise
         finally:
             if held:
-                await asyncio.to_thread(unstage, self.staging(spec.agent))
+                await uninterrupted(asyncio.to_thread(unstage, self.staging(spec.agent)))
 
     async def _build(
         self,

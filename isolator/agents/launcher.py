@@ -40,8 +40,7 @@ from isolator.store.store import Store
 
 Key = tuple[str, str, str]
 """An Idempotency-Key as it is stored: its owner, itself, the digest of the request it came with."""
-
-
+# Bytes of memory for what all agents' specs hold in texts of free size.
 _MOST_HELD = 128 * 1024**2
 
 
@@ -207,7 +206,7 @@ class Launcher:
             warnings=warnings_of(spec, held),
         )
         subject = {"team": spec.team, "agent": spec.agent}
-        intent = await self._audit.intent("agent.spawn", caller, **subject, **summary_of(spec))
+        intent = await self._audit.intent("agent.spawn", caller, **subject, **summary_of(spec, record.spec_digest))
         live = LiveAgent(record)
         # Whoever wants to stop it or has seen it end waits until it has come to be, and was told so.
         async with live.lock:

@@ -35,13 +35,13 @@ def warnings_of(spec: BoxSpec, held: Sequence[HeldFolder]) -> tuple[dict[str, st
     return tuple(warnings)
 
 
-def summary_of(spec: BoxSpec) -> dict[str, object]:
-    """What the audit log keeps of a spec. Arguments may hold anything, so only the program's name is kept."""
+def summary_of(spec: BoxSpec, digest: str) -> dict[str, object]:
+    """What the audit log keeps of a spec and its digest. Arguments may hold anything: only the program is named."""
     return {
         "name": spec.name,
         "image": spec.image,
         "digest": spec.image_digest,
-        "spec": spec.digest(),
+        "spec": digest,
         "program": spec.command[0] if spec.command else None,
         "arguments": len(spec.command),
         "network": spec.network,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import replace
 
 from isolator.agents.events import EventHub
@@ -166,12 +166,33 @@ class Teams:
             return True  # it is gone, and what may be there under its name now is another
         if self._users[team.id]:
             return False
-        intent = await self._audit.intent("team.delete", None, team=team.id)
-        async with self.deleting(team):
-            await self.forget(team)
-        await self._audit.outcome(intent, "team.delete", "undone", team=team.id)
-        await self._events.publish("team.deleted", owner=team.owner, team=team.id)
+        await self.delete(team, None, result="undone")
         return True
+
+    async def delete(
+        self,
+        team: Team,
+        caller: Principal | None,
+        *,
+        result: str = "done",
+        empty: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Delete a team: announce it, let the spawns under way end, `empty` it of its agents, unmake it, tell.
+
+        Raises:
+            Conflict: `team_deleting`, or `team_busy` if a spawn does not end.
+        """
+        intent = await self._audit.intent("team.delete", caller, team=team.id)
+        try:
+            async with self._deleting_it(team):
+                if empty is not None:
+                    await empty()
+                await self._forget(team)
+        except BaseException:
+            await self._audit.outcome(intent, "team.delete", "failed", team=team.id)
+            raise
+        await self._audit.outcome(intent, "team.delete", result, team=team.id)
+        await self._events.publish("team.deleted", owner=team.owner, team=team.id)
 
     @contextlib.asynccontextmanager
     async def using(self, team_id: str) -> AsyncIterator[None]:
@@ -193,12 +214,8 @@ class Teams:
                     self._unused.notify_all()
 
     @contextlib.asynccontextmanager
-    async def deleting(self, team: Team) -> AsyncIterator[None]:
-        """Closed to new spawns, and those under way have ended; on success the caller then calls `forget`.
-
-        Raises:
-            Conflict: `team_deleting`, or `team_busy` if a spawn does not end.
-        """
+    async def _deleting_it(self, team: Team) -> AsyncIterator[None]:
+        """Closed to new spawns, and those under way have ended."""
         if team.id in self._deleting:
             raise Conflict("team_deleting", f"The team {team.id} is being deleted.")
         self._deleting.add(team.id)
@@ -219,7 +236,7 @@ class Teams:
                 retry_after=5,
             ) from None
 
-    async def forget(self, team: Team) -> None:
+    async def _forget(self, team: Team) -> None:
         """Remove the network and the record of a team without agents."""
         await self._backend.remove_network(team.id)
         await self._store.delete_team(team.id)

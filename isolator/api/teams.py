@@ -60,16 +60,13 @@ async def delete(request: web.Request) -> web.StreamResponse:
 
 
 async def _delete(parts: Parts, team: Team, caller: Principal) -> list[str]:
-    intent = await parts.audit.intent("team.delete", caller, team=team.id)
-    try:
-        async with parts.teams.deleting(team):
-            members = [live for live in parts.lifecycle.live() if live.record.spec.team == team.id]
-            grace = parts.settings.stop_grace
-            await asyncio.gather(*(parts.lifecycle.stop(live, caller, grace) for live in members))
-            await parts.teams.forget(team)
-    except BaseException:
-        await parts.audit.outcome(intent, "team.delete", "failed", team=team.id)
-        raise
-    await parts.audit.outcome(intent, "team.delete", "done", team=team.id)
-    await parts.events.publish("team.deleted", owner=team.owner, team=team.id)
-    return [live.record.id for live in members]
+    removed: list[str] = []
+
+    async def stop_members() -> None:
+        members = [live for live in parts.lifecycle.live() if live.record.spec.team == team.id]
+        grace = parts.settings.stop_grace
+        await asyncio.gather(*(parts.lifecycle.stop(live, caller, grace) for live in members))
+        removed.extend(live.record.id for live in members)
+
+    await parts.teams.delete(team, caller, empty=stop_members)
+    return removed
