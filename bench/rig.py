@@ -72,6 +72,11 @@ class Rig:
         return self.home / "run" / "isolator.sock"
 
     @property
+    def roots(self) -> Path:
+        """The folder below which agents' workspaces may lie."""
+        return self.home / "roots"
+
+    @property
     def log(self) -> str:
         return (self.home / "log").read_text()
 
@@ -97,6 +102,7 @@ class Rig:
             "ISOLATOR_SECRET_DIR": str(self.home / "secrets"),
             "ISOLATOR_INSTANCE": self.instance,
             "ISOLATOR_IMAGE_LOCK": str(self.home / "images.json"),
+            "ISOLATOR_WORKSPACE_ROOTS": str(self.roots),
         }
 
     def start(self, program: list[str] | None = None, **extra: str) -> float:
@@ -154,9 +160,9 @@ class Rig:
 
     # our side
 
-    def spawn(self, team: str = TEAM, command: list[str] | None = None) -> str:
+    def spawn(self, team: str = TEAM, command: list[str] | None = None, **more: Any) -> str:
         """POST /v1/agents until its 201; the agent's id."""
-        status, answer = self.api.ask("POST", "/v1/agents", spawn_body(team, command))
+        status, answer = self.api.ask("POST", "/v1/agents", {**spawn_body(team, command), **more})
         if status != 201 or answer["state"] != "running":
             raise RuntimeError(f"the spawn was answered {status}: {answer}")
         return str(answer["id"])
@@ -204,6 +210,7 @@ def running_rig(*, start: bool = True) -> Iterator[Rig]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     instance = f"bench-{secrets.token_hex(4)}"
     rig = Rig(home, instance, engine, "", RawSide(engine, home / "raw", f"{instance}-raw"))
+    rig.roots.mkdir()
     try:
         rig.image = rig.raw.image = _write_pins(engine, home / "images.json")
         rig.import_daemon()

@@ -14,9 +14,14 @@ from pathlib import Path
 
 import d1_daemon
 import d2_growth
+import e1_run
+import e2_stream
+import m1_messages
+import e3_files
 import peer_opensandbox
 import profile_spawn
 import s1_cold_spawn
+import s2_warm_spawn
 import s3_burst
 import s4_stop
 from measure import Table, machine_facts
@@ -29,8 +34,13 @@ SPAWNS: dict[str, Callable[[Rig, int], Table]] = {
     "S1": s1_cold_spawn.measure,
     "S3": s3_burst.measure,
     "S4": s4_stop.measure,
+    "E1": e1_run.measure,
+    "E2": e2_stream.measure,
+    "E3": e3_files.measure,
 }
 WHOLE: dict[str, Callable[[bool], Table]] = {
+    "S2": s2_warm_spawn.measure,
+    "M1": m1_messages.measure,
     "D1": d1_daemon.measure,
     "D2": d2_growth.measure,
     "steps": profile_spawn.measure,

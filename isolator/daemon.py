@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import platform
 import secrets
 import signal
 import socket
@@ -17,17 +16,22 @@ from typing import Any
 
 from isolator import __version__
 from isolator.agents.builder import BoxBuilder
+from isolator.agents.claimer import Claimer
 from isolator.agents.deadlines import Deadlines
 from isolator.agents.events import EventHub
 from isolator.agents.laboratory import SelfTestLaboratory
 from isolator.agents.launcher import Host, Launcher
 from isolator.agents.lifecycle import Lifecycle
+from isolator.agents.pool import Pool
 from isolator.agents.receipt import docker_guarantees
 from isolator.agents.reconcile import Reconciler
 from isolator.agents.spawner import Spawner
+from isolator.agents.stats import Stats
 from isolator.agents.teams import Teams
+from isolator.api.condition import Condition
 from isolator.api.metrics import Metrics
 from isolator.api.parts import Parts
+from isolator.api.post import Post
 from isolator.api.server import ApiServer, open_socket
 from isolator.audit.log import AuditLog, AuditLogDamaged
 from isolator.backends.base import Guarantees
@@ -35,8 +39,11 @@ from isolator.backends.docker.backend import DockerBackend
 from isolator.backends.docker.engine import Engine
 from isolator.backends.docker.images import ImageResolver
 from isolator.backends.docker.watch import EngineWatch
+from isolator.execs.service import Execs
+from isolator.files.service import Files
 from isolator.host import systemd
 from isolator.host.folders import FolderOpener
+from isolator.host.placing import Placer
 from isolator.model.errors import IsolatorError, Unavailable
 from isolator.model.image import ImageFacts
 from isolator.network.selftest import NetworkProof
@@ -47,7 +54,6 @@ from isolator.settings import Settings
 from isolator.store.store import Store
 
 _log = logging.getLogger("isolator")
-_ENGINE_FACTS_LIFE = 30.0
 _SETTLE = 30.0
 _LEFT_OVER_AGAIN = 30.0
 # Why a daemon does not start, where trying again changes nothing: its unit does not try.
@@ -73,7 +79,6 @@ class Daemon:
         self.settings = settings
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[Any]] = []
-        self._engine_facts: tuple[float, dict[str, Any]] = (0.0, {})
 
     async def run(self) -> None:
         """Start, serve until told to stop, stop.
@@ -162,6 +167,21 @@ class Daemon:
             lambda: {team.subnet for team in self._teams.all()},
         )
         self._proof = NetworkProof(laboratory.laboratory(), self._engine.version)
+        self._placer = Placer()
+        self._pool = Pool(settings, self._builder, self._can_build_ahead, lambda: self._spawner.is_busy)
+        self._teams.before_forgetting = self._pool.drop_team
+        if self._pool.enabled:
+            await self._placer.probe()
+        claimer = Claimer(
+            self._store,
+            self._audit,
+            self._events,
+            self._backend,
+            self._builder,
+            self._lifecycle,
+            self._placer,
+            self._guarantees,
+        )
         launcher = Launcher(
             settings,
             self._host,
@@ -175,6 +195,8 @@ class Daemon:
             self._lifecycle,
             self._proof,
             self._guarantees,
+            self._pool,
+            claimer,
         )
         self._spawner = Spawner(settings, self._store, self._teams, self._lifecycle, launcher)
         self._reconciler = Reconciler(
@@ -185,7 +207,7 @@ class Daemon:
             self._builder,
             self._lifecycle,
             self._teams,
-            lambda: self._spawner.building() | laboratory.building(),
+            lambda: self._spawner.building() | laboratory.building() | self._pool.boxes(),
             self._host.daemon,
             settings.runtime_dir,
         )
@@ -196,6 +218,15 @@ class Daemon:
             on_down=self._engine_is_down,
             on_ending=self._lifecycle.look_again,
         )
+        self._condition = Condition(
+            settings, self._engine, self._proof, lambda: self._watch.up, lambda: self._placer.trouble
+        )
+        self._execs = Execs(settings, self._audit)
+        self._lifecycle.is_in_use = lambda agent: self._execs.count(agent) > 0
+        self._files = Files()
+        self._stats = Stats()
+        self._post = Post(settings, self._store, self._events, self._lifecycle)
+        await self._post.open()
         self._server = ApiServer(self._parts())
         await self._teams.load()
 
@@ -210,12 +241,17 @@ class Daemon:
             images=self._images,
             lifecycle=self._lifecycle,
             spawner=self._spawner,
+            execs=self._execs,
+            files=self._files,
+            stats=self._stats,
+            messages=self._post.router,
+            pool=self._pool,
             proof=self._proof,
             metrics=Metrics(),
             guarantees=self._guarantees,
             engine_up=lambda: self._watch.up,
-            engine_facts=self._facts_of_engine,
-            degraded=self._degraded,
+            engine_facts=self._condition.engine_facts,
+            degraded=self._condition.degraded,
             stopping=self._stopping,
             followers=asyncio.Semaphore(self.settings.max_followers),
         )
@@ -231,13 +267,16 @@ class Daemon:
             daemon=self._host.daemon,
         )
 
+    def _can_build_ahead(self) -> bool:
+        return self._watch.up and self._proof.result.status == "proven" and not self._stopping.is_set()
+
     def _guarantees(self) -> Guarantees:
         return docker_guarantees(self._proof.guarantee())
 
     # running
 
     def _start_tasks(self) -> None:
-        for work in (self._deadlines.run(), self._watch.run(), self._keep_watchdog()):
+        for work in (self._deadlines.run(), self._watch.run(), self._keep_watchdog(), self._pool.run()):
             task = asyncio.create_task(work)
             task.add_done_callback(self._task_ended)
             self._tasks.append(task)
@@ -249,7 +288,7 @@ class Daemon:
 
     async def _engine_is_up(self) -> None:
         _log.info("the engine answers")
-        self._engine_facts = (0.0, {})
+        self._condition.forget_engine()
         await self._events.publish("engine.up")
         self._spawn_task(self._after_engine_up())
 
@@ -259,6 +298,7 @@ class Daemon:
             return
         # One box that the engine will not let go of is no reason to serve nobody.
         await self._proof.run_until_decided()
+        self._pool.look_again()
         await self._events.publish("network.tested", status=self._proof.result.status)
         while left_over and self._watch.up:
             await asyncio.sleep(_LEFT_OVER_AGAIN)
@@ -267,6 +307,7 @@ class Daemon:
     async def _engine_is_down(self) -> None:
         _log.warning("the engine does not answer")
         self._proof.forget()
+        self._pool.forget()
         await self._events.publish("engine.down")
 
     def _spawn_task(self, work: Any) -> None:
@@ -294,63 +335,28 @@ class Daemon:
                 systemd.notify("WATCHDOG=1\nSTATUS=Waiting for the Docker Engine")
             await asyncio.sleep(interval / 2)
 
-    async def _facts_of_engine(self) -> dict[str, Any]:
-        at, facts = self._engine_facts
-        if time.monotonic() - at < _ENGINE_FACTS_LIFE and facts:
-            return facts
-        if not self._watch.up:
-            return {}
-        try:
-            version = await self._engine.version()
-        except IsolatorError:
-            return {}
-        facts = {
-            "version": version.get("Version"),
-            "api_version": version.get("ApiVersion"),
-            "kernel": version.get("KernelVersion") or platform.release(),
-            "components": [
-                {"name": item.get("Name"), "version": item.get("Version")} for item in version.get("Components") or []
-            ],
-        }
-        self._engine_facts = (time.monotonic(), facts)
-        return facts
-
-    def _degraded(self) -> list[dict[str, str]]:
-        """What is weaker than it should be now, and why."""
-        found = []
-        if not self._watch.up:
-            found.append({"code": "engine_unavailable", "detail": "The Docker Engine does not answer."})
-        if self._proof.result.status != "proven":
-            reason = self._proof.result.reason or "The self-test has not ended."
-            found.append({"code": "network_unproven", "detail": reason})
-        if os.geteuid() != 0:
-            found.append({"code": "mounts_unavailable", "detail": "The daemon is not root, so it mounts no folders."})
-        if self.settings.socket_gid() is None:
-            found.append(
-                {
-                    "code": "socket_group_missing",
-                    "detail": f"There is no group {self.settings.socket_group}: only root and the daemon's user"
-                    " can connect.",
-                }
-            )
-        return found
-
     # stopping
 
     async def _stop(self) -> None:
         self._stopping.set()
+        self._execs.stop()
         await self._server.stop()
         await self._spawner.settle(_SETTLE)
         await self._lifecycle.settle()
+        await self._pool.close()
+        self._placer.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._lifecycle.close()
+        await self._post.close()
         with contextlib.suppress(IsolatorError):
             await self._audit.note("daemon.stop", None, daemon=self._host.daemon)
         await self._store.close()
         self._audit.close()
         self._folders.close()
+        self._files.close()
+        self._stats.close()
         self._engine.close()
         _log.info("stopped; running agents go on")
 

@@ -148,6 +148,11 @@ class Settings(BaseSettings):
     max_nofile: int = Field(65536, ge=64, description="Most open files a spawn may ask for.")
     log_max_bytes: Size = Field(parse_size("10m"), description="Output kept of one agent; older output is dropped.")
 
+    # boxes made before their agents are known
+    pool_depth: int = Field(0, ge=0, le=64, description="Ready boxes kept of each team and profile in use; 0: none.")
+    pool_budget: int = Field(32, ge=0, le=1024, description="Ready boxes of all teams together.")
+    pool_idle: Seconds = Field(900.0, description="How long a profile's boxes are kept that no spawn has asked for.")
+
     # time
     default_ttl: Seconds | None = Field(None, description="Life of an agent that names no ttl; none: until stopped.")
     max_ttl: Seconds | None = Field(None, description="Longest ttl a spawn may ask for; also caps agents without one.")
@@ -163,6 +168,15 @@ class Settings(BaseSettings):
     max_body: Size = Field(parse_size("2m"), description="Largest request body.")
     request_timeout: Seconds = Field(10.0, description="Time a client has to send a whole request.")
     max_followers: int = Field(64, ge=1, description="Log and event streams open at the same time.")
+    max_execs: int = Field(512, ge=1, description="Execs and runs under way at the same time, of all agents.")
+    max_execs_per_agent: int = Field(64, ge=1, le=200, description="Execs and runs under way in one agent.")
+    run_max_output: Size = Field(parse_size("4m"), description="Output of a run kept of each of its two streams.")
+    max_message: Size = Field(parse_size("256k"), description="Largest message between agents, or with the gateway.")
+    mailbox_messages: int = Field(256, ge=1, description="Messages kept for one receiver that is not there.")
+    mailbox_bytes: Size = Field(parse_size("4m"), description="Bytes of messages kept for one receiver.")
+    mail_bytes: Size = Field(parse_size("256m"), description="Bytes of messages kept for all receivers together.")
+    message_rate: float = Field(200.0, gt=0, le=1e6, description="Messages a second of one agent; bursts of twice.")
+    message_ttl: float = Field(300.0, gt=0, le=86400, description="How long a message that names no ttl is kept.")
     events_kept: int = Field(10_000, ge=100, description="Events that can be resumed from.")
     records_kept: int = Field(5_000, ge=100, description="Removed agents whose record can still be inspected.")
 
@@ -197,6 +211,12 @@ class Settings(BaseSettings):
                 raise ValueError(f"default_{name} must not be more than max_{name}: every plain spawn would be refused")
         if self.default_ttl is not None and self.max_ttl is not None and self.default_ttl > self.max_ttl:
             raise ValueError("default_ttl must not be more than max_ttl: every plain spawn would be refused")
+        return self
+
+    @model_validator(mode="after")
+    def _messages_fit(self) -> Settings:
+        if self.max_message > min(self.mailbox_bytes, self.mail_bytes):
+            raise ValueError("max_message must not be more than mailbox_bytes or mail_bytes: it could not be kept")
         return self
 
     @property

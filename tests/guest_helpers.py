@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from isolator.agents.frames import HELLO, Decoder, Frame, encode
+from isolator.agents.frames import EXEC, EXEC_GONE, HELLO, Decoder, Frame, encode
 
 # The guest ends everything it can reach when its command has ended: outside a namespace that would be the machine.
 _GUARD = 'import posix\nassert posix.getpid() == 1, "not in a namespace of its own"\n'
@@ -19,7 +21,9 @@ _GUARD = 'import posix\nassert posix.getpid() == 1, "not in a namespace of its o
 class GuestBox:
     """One guest and the socket it knocks at."""
 
-    def __init__(self, folder: Path, *command: str, release: float = 30.0, farewell: float = 5.0) -> None:
+    def __init__(
+        self, folder: Path, *command: str, release: float = 30.0, farewell: float = 5.0, files: int = 1024
+    ) -> None:
         self.folder = folder
         (folder / "secrets").mkdir()
         source = resources.files("isolator.guest").joinpath("guest.py").read_text()
@@ -31,7 +35,8 @@ class GuestBox:
         ):
             assert source.count(old) == 1, f"the guest no longer holds {old}"
             source = source.replace(old, new)
-        (folder / "guest.py").write_text(_GUARD + source)
+        limit = f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))\n"
+        (folder / "guest.py").write_text(_GUARD + (limit if files != 1024 else "") + source)
         self.listener: socket.socket | None = None
         self._links: list[GuestLink] = []
         self.listen()
@@ -41,6 +46,7 @@ class GuestBox:
                 "--pid",
                 "--fork",
                 "--kill-child",
+                "--mount-proc",
                 sys.executable,
                 "-I",
                 "-S",
@@ -100,6 +106,39 @@ class GuestBox:
         return int(children[0])
 
 
+class Streams:
+    """Our ends of an exec's pipes."""
+
+    def __init__(self, stdin: int, stdout: int, stderr: int) -> None:
+        self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
+
+    def end_input(self) -> None:
+        os.close(self.stdin)
+        self.stdin = -1
+
+    def read(self) -> tuple[bytes, bytes]:
+        """Output and errors, until nobody can write there any more."""
+        found = []
+        for end in (self.stdout, self.stderr):
+            with open(end, "rb", closefd=False) as file:
+                found.append(file.read())
+        return found[0], found[1]
+
+    def line(self) -> bytes:
+        """The next line of output."""
+        line = b""
+        while not line.endswith(b"\n"):
+            data = os.read(self.stdout, 1)
+            assert data, line
+            line += data
+        return line[:-1]
+
+    def close(self) -> None:
+        for end in (self.stdin, self.stdout, self.stderr):
+            if end >= 0:
+                os.close(end)
+
+
 class GuestLink:
     """The daemon's end of one connection."""
 
@@ -110,16 +149,43 @@ class GuestLink:
 
     def frame(self, kind: int) -> Frame:
         """The next frame, which must be of this kind."""
+        frame = self.any_frame()
+        assert frame.kind == kind, frame
+        return frame
+
+    def any_frame(self) -> Frame:
+        """The next frame."""
         while not self._frames:
             data = self.connection.recv(65536)
             assert data, "the guest hung up"
             self._frames += self._decoder.feed(data)
-        frame = self._frames.pop(0)
-        assert frame.kind == kind, frame
-        return frame
+        return self._frames.pop(0)
 
     def send(self, kind: int, *fields: bytes) -> None:
         self.connection.sendall(encode(kind, fields))
+
+    def execute(self, number: bytes, *command: str, cwd: str = "/", env: dict[str, str] | None = None) -> Streams:
+        """Send an EXEC with three pipes beside it; our ends of them."""
+        ends = [os.pipe() for _ in range(3)]
+        theirs = [ends[0][0], ends[1][1], ends[2][1]]
+        variables = [b"e" + f"{name}\x00{value}".encode() for name, value in (env or {}).items()]
+        words = [b"a" + os.fsencode(word) for word in command]
+        data = encode(EXEC, (number, b"", cwd.encode(), *variables, *words))
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", theirs))]
+        sent = self.connection.sendmsg([data], rights)
+        self.connection.sendall(data[sent:])
+        for end in theirs:
+            os.close(end)
+        return Streams(ends[0][1], ends[1][0], ends[2][0])
+
+    def until_gone(self, number: bytes) -> list[Frame]:
+        """Frames up to this exec's EXEC_GONE, those of others left out."""
+        found: list[Frame] = []
+        while not found or found[-1].kind != EXEC_GONE:
+            frame = self.any_frame()
+            if frame.fields[:1] == (number,):
+                found.append(frame)
+        return found
 
     def hung_up(self) -> bool:
         """Whether the guest ends the connection, saying nothing more."""
@@ -129,9 +195,11 @@ class GuestLink:
 
 
 @contextlib.contextmanager
-def guest(folder: Path, *command: str, release: float = 30.0, farewell: float = 5.0) -> Iterator[GuestBox]:
-    """A guest with this command, ended afterwards with all it started."""
-    box = GuestBox(folder, *command, release=release, farewell=farewell)
+def guest(
+    folder: Path, *command: str, release: float = 30.0, farewell: float = 5.0, files: int = 1024
+) -> Iterator[GuestBox]:
+    """A guest with this command, ended afterwards with all it started; `files`: how many it may have open."""
+    box = GuestBox(folder, *command, release=release, farewell=farewell, files=files)
     try:
         yield box
     finally:

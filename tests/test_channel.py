@@ -15,8 +15,8 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isolator.agents import channel as channel_module
-from isolator.agents.channel import Channel, Hello, StartFailure
+from isolator.agents import door as door_module
+from isolator.agents.channel import Channel, Hello, Release, StartFailure
 from isolator.agents.frames import BYE, EXITED, FAILED, GO, HELLO, STARTED, Decoder, Frame, ProtocolError, encode
 from isolator.guest import guest as guest_module
 
@@ -52,6 +52,18 @@ def test_garbage_is_refused_or_understood_never_more(data: bytes) -> None:
         for index in range(len(frame.fields) + 1):
             with contextlib.suppress(ProtocolError):
                 assert 0 <= frame.number(index) < 10**10
+
+
+@given(st.binary(min_size=1, max_size=3000))
+def test_the_guest_takes_garbage_for_fields_that_add_up_or_refuses_it(body: bytes) -> None:
+    try:
+        kind, fields = guest_module.parse(body)
+    except ValueError:
+        with pytest.raises(ProtocolError):
+            Decoder().feed(len(body).to_bytes(4, "big") + body)
+        return
+    assert guest_module.frame(kind, *fields)[4:] == body
+    assert Decoder().feed(guest_module.frame(kind, *fields)) == [Frame(kind, tuple(fields))]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +105,7 @@ async def served(tmp_path: Path, told: Told) -> AsyncIterator[Channel]:
 @pytest_asyncio.fixture
 async def trusting(served: Channel, monkeypatch: pytest.MonkeyPatch) -> Channel:
     """The same, taking this very process for the guest: only who may speak is replaced, not what is made of it."""
-    monkeypatch.setattr(channel_module, "is_init_of", lambda pid, _: pid == os.getpid())
+    monkeypatch.setattr(door_module, "is_init_of", lambda pid, _: pid == os.getpid())
     return served
 
 
@@ -131,7 +143,7 @@ async def test_a_thousand_strangers_do_not_hold_up_the_loop_or_keep_the_guest_ou
         slowest, before = max(slowest, now - before), now
     assert slowest < 1
     assert told.hellos == []
-    monkeypatch.setattr(channel_module, "is_init_of", lambda pid, _: pid == os.getpid())
+    monkeypatch.setattr(door_module, "is_init_of", lambda pid, _: pid == os.getpid())
     async with asyncio.timeout(15):
         while not told.hellos:
             with contextlib.suppress(OSError, TimeoutError):
@@ -147,7 +159,7 @@ async def test_a_guest_is_heard_from_hello_to_exit(trusting: Channel, told: Told
     writer.write(encode(HELLO, (b"waiting", b"1", b"0", b"0", b"0")))
     hello = await asyncio.wait_for(trusting.hello(), 5)
     assert (hello.pid, hello.phase) == (os.getpid(), "waiting")
-    releasing = asyncio.create_task(trusting.release([("s", "token", b"v\x00w"), ("E", "KEY", b"k")]))
+    releasing = asyncio.create_task(trusting.release(Release([("s", "token", b"v\x00w"), ("E", "KEY", b"k")])))
     expected = encode(GO, (b"stoken\x00v\x00w", b"EKEY\x00k"))
     assert await asyncio.wait_for(reader.readexactly(len(expected)), 5) == expected
     writer.write(encode(STARTED, (b"5",)))
@@ -164,7 +176,7 @@ async def test_a_command_that_failed_is_told_with_its_errno(trusting: Channel, t
     _, writer = await connected(tmp_path)
     writer.write(encode(HELLO, (b"waiting", b"1", b"0", b"0", b"0")))
     await asyncio.wait_for(trusting.hello(), 5)
-    releasing = asyncio.create_task(trusting.release([]))
+    releasing = asyncio.create_task(trusting.release(Release()))
     writer.write(encode(FAILED, (b"13", b"/x")))
     assert await asyncio.wait_for(releasing, 5) == StartFailure(13)
     writer.close()
@@ -174,7 +186,7 @@ async def test_a_guest_that_dies_instead_of_starting_is_noticed_at_once(trusting
     _, writer = await connected(tmp_path)
     writer.write(encode(HELLO, (b"waiting", b"1", b"0", b"0", b"0")))
     await asyncio.wait_for(trusting.hello(), 5)
-    releasing = asyncio.create_task(trusting.release([]))
+    releasing = asyncio.create_task(trusting.release(Release()))
     await asyncio.sleep(0.05)
     writer.close()
     with pytest.raises(ConnectionError):
@@ -183,7 +195,7 @@ async def test_a_guest_that_dies_instead_of_starting_is_noticed_at_once(trusting
 
 async def test_releasing_without_a_guest_is_refused(served: Channel) -> None:
     with pytest.raises(ConnectionError):
-        await asyncio.wait_for(served.release([]), 5)
+        await asyncio.wait_for(served.release(Release()), 5)
     assert await served.signal(15) is False
 
 

@@ -549,6 +549,7 @@ def test_completion_offers_commands_agents_and_teams(run: Run, server: StandIn) 
     assert complete(server, "isolator te") == ["team"]
     assert complete(server, "isolator logs wo") == ["worker"]
     assert complete(server, "isolator logs red/") == ["red/worker"]
+    assert complete(server, "isolator exec -t wo") == ["worker"]
     assert complete(server, "isolator spawn --team r") == ["red"]
     for shell in ("zsh", "fish"):
         assert "_ISOLATOR_COMPLETE" in run("completion", shell).stdout

@@ -26,7 +26,7 @@ def test_nothing_runs_before_it_is_released(tmp_path: Path) -> None:
     with guest(tmp_path, *SH, f"touch {tmp_path}/ran; exit 3") as box:
         link = box.accept()
         hello = link.frame(HELLO)
-        assert hello.fields == (b"waiting", b"1", b"0", b"0", b"0")
+        assert hello.fields == (b"waiting", b"2", b"0", b"0", b"0")
         time.sleep(0.2)
         assert not (tmp_path / "ran").exists()
         link.send(GO)
@@ -105,14 +105,14 @@ def test_it_knocks_again_when_the_daemon_comes_back(tmp_path: Path) -> None:
         child = link.frame(STARTED).fields[0]
         link.connection.close()
         again = box.accept()
-        assert again.frame(HELLO).fields == (b"running", b"1", b"0", b"0", child)
+        assert again.frame(HELLO).fields == (b"running", b"2", b"0", b"0", child)
         again.connection.close()
         box.give_up()
         (tmp_path / "go").touch()
         time.sleep(0.3)
         box.listen()
         last = box.accept()
-        assert last.frame(HELLO).fields == (b"ended", b"1", b"6", b"0", b"0"), "an end nobody heard is told anew"
+        assert last.frame(HELLO).fields == (b"ended", b"2", b"6", b"0", b"0"), "an end nobody heard is told anew"
         last.send(BYE)
         assert box.ended() == 6
 

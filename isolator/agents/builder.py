@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isolator.agents.channel import Channel, Hello, StartFailure, remove_folder
+from isolator.agents.channel import Channel, Hello, Release, StartFailure, remove_folder
 from isolator.backends.base import Backend
 from isolator.cancellation import uninterrupted
 from isolator.host.cgroups import Cgroup, check_limits
@@ -37,7 +37,7 @@ Secrets = Sequence[tuple[str, str, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class BuiltBox:
-    """A box that runs: its id on the engine, its PID 1 on the host, whether its memory cap counts swap."""
+    """A checked box: its id on the engine, its PID 1 on the host, whether its memory cap counts swap."""
 
     box_id: str
     pid: int
@@ -68,19 +68,37 @@ class BoxBuilder:
         """
         pending: list[asyncio.Task[Any]] = []
         try:
-            return await self._build(spec, held, secrets, channel, pending)
+            box = await self._prepare(spec, held, channel, pending)
+            await self.release(spec, box, Release(secrets), channel)
+            # The engine calls it running only when its start call returns; until then `docker ps` would disagree.
+            await asyncio.shield(pending[-1])
         except BaseException:
             await uninterrupted(self._undo(spec, channel, pending))
             raise
         finally:
             if held:
                 await uninterrupted(asyncio.to_thread(unstage, self.staging(spec.agent)))
+        return box
 
-    async def _build(
+    async def prepare(self, spec: BoxSpec, channel: Channel) -> BuiltBox:
+        """Build and check one box without mounts, and leave it waiting for its release.
+
+        Raises:
+            BoxFailed, Unavailable: what was made is removed.
+        """
+        pending: list[asyncio.Task[Any]] = []
+        try:
+            box = await self._prepare(spec, (), channel, pending)
+            await asyncio.shield(pending[-1])
+        except BaseException:
+            await uninterrupted(self._undo(spec, channel, pending))
+            raise
+        return box
+
+    async def _prepare(
         self,
         spec: BoxSpec,
         held: Sequence[HeldFolder],
-        secrets: Secrets,
         channel: Channel,
         pending: list[asyncio.Task[Any]],
     ) -> BuiltBox:
@@ -97,19 +115,26 @@ class BoxBuilder:
         check_confinement(hello.pid, spec)
         swap_capped = check_limits(Cgroup.of(hello.pid), spec.limits)
         check_mounts_inside(spec, hello.pid)
+        return BuiltBox(box_id, hello.pid, swap_capped)
+
+    async def release(self, spec: BoxSpec, box: BuiltBox, release: Release, channel: Channel) -> None:
+        """Let a checked box run its command.
+
+        Raises:
+            BoxFailed: `guest_failed`. BadRequest: `command_not_found` and the like. The box stays.
+        """
         try:
-            started = await asyncio.wait_for(channel.release(secrets), _GUEST_TIMEOUT)
+            started = await asyncio.wait_for(channel.release(release), _GUEST_TIMEOUT)
         except (ConnectionError, TimeoutError):
             raise BoxFailed(
                 "guest_failed",
                 "The box's PID 1 ended or fell silent before the command ran.",
-                output=await self._last_words(box_id),
+                output=await self._last_words(box.box_id),
             ) from None
         if isinstance(started, StartFailure):
+            if started.folder:
+                raise BoxFailed("guest_failed", f"uid {spec.uid} can't enter {spec.working_dir} once the box runs.")
             raise _command_refused(spec, started)
-        # The engine calls it running only when its start call returns; until then `docker ps` would disagree.
-        await asyncio.shield(starting)
-        return BuiltBox(box_id, hello.pid, swap_capped)
 
     async def _await_guest(self, box_id: str, channel: Channel, starting: asyncio.Task[None]) -> Hello:
         greeting = asyncio.create_task(channel.hello())
@@ -153,11 +178,11 @@ class BoxBuilder:
             _log.warning("the half-made box of %s waits for reconcile: %s", spec.agent, error)
         await asyncio.to_thread(remove_folder, self.folder(spec.agent))
 
-    async def demolish(self, spec: BoxSpec, channel: Channel) -> None:
+    async def demolish(self, spec: BoxSpec, channel: Channel, box_id: str | None = None) -> None:
         """Remove a box that was built but can't be kept; never raises, reconcile removes what could not be."""
         channel.close()
         try:
-            await self._backend.remove(spec.box_name)
+            await self._backend.remove(box_id or spec.box_name)
         except IsolatorError as error:
             _log.warning("the box of %s waits for reconcile: %s", spec.agent, error)
         await self.discard(spec.agent)

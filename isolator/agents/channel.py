@@ -1,44 +1,48 @@
-"""The daemon's end of an agent's socket: who is at the other end, and what it reports.
+"""The daemon's end of an agent's socket: the guest behind it, what it is told, and what it reports.
 
-The socket is the identity. Each agent has a folder of its own on the host, mounted at /run/isolator in its box
-and nowhere else; the socket in it is served by this channel. A connection counts as the guest's only if the
-kernel says its peer is PID 1 of that agent's container. Anything else in the box may connect too, and is hung up
-on; if it keeps knocking, the channel stops answering for a while, so that it can't keep the daemon busy.
+The connection counts as the guest's only if the kernel says its peer is PID 1 of that agent's container (door.py).
+What it reports is believed for its own box alone: how its command and its execs ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
+import secrets
 import shutil
 import socket
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
+from isolator.agents.door import Door
 from isolator.agents.frames import (
     BYE,
+    EXEC,
+    EXEC_EXITED,
+    EXEC_FAILED,
+    EXEC_GONE,
+    EXEC_KILL,
+    EXEC_SIGNAL,
+    EXEC_STARTED,
     EXITED,
     FAILED,
     GO,
     HELLO,
+    MAX_CODE,
+    MAX_ERRNO,
+    MAX_SIGNAL,
     SIGNAL,
     STARTED,
-    Decoder,
+    STAY,
     Frame,
     ProtocolError,
     encode,
 )
-from isolator.host.processes import is_init_of
+from isolator.agents.link import Link
 
-_BACKLOG = 16
-_STRANGERS_ALLOWED = 20
-_STRANGER_PAUSE = 1.0
-_RECEIVE = 65536
+_SEND_TIMEOUT = 10.0
 
 Phase = Literal["waiting", "running", "ended"]
 
@@ -55,9 +59,66 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class StartFailure:
-    """The command could not be executed."""
+    """The command could not be executed; with `folder`, because its working folder can't be entered."""
 
     errno: int
+    folder: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What a box is given with its release.
+
+    secrets: (letter, name, value): `s` a file, `E` a variable. A box that was made before its agent was known gets
+    its command, whole environment and working folder now; None: they stand in the container's configuration.
+    """
+
+    secrets: Sequence[tuple[str, str, bytes]] = ()
+    command: Sequence[str] = ()
+    environment: Sequence[tuple[str, str]] = ()
+    working_dir: str | None = None
+
+    def fields(self) -> list[bytes]:
+        """GO's fields."""
+        given = [b"v" + f"{name}\x00{value}".encode() for name, value in self.environment]
+        given += [letter.encode() + name.encode() + b"\x00" + value for letter, name, value in self.secrets]
+        given += [b"c" + word.encode() for word in self.command]
+        return given if self.working_dir is None else [b"w" + self.working_dir.encode(), *given]
+
+
+@dataclass(frozen=True, slots=True)
+class ExecOrder:
+    """One exec as the guest is told: `terminal` is the path of a terminal in the box, or empty for three pipes."""
+
+    command: Sequence[str]
+    environment: Sequence[tuple[str, str]]
+    working_dir: str
+    terminal: str = ""
+
+    def fields(self) -> list[bytes]:
+        """EXEC's fields behind its number."""
+        return [
+            self.terminal.encode(),
+            self.working_dir.encode(),
+            *(b"e" + f"{name}\x00{value}".encode() for name, value in self.environment),
+            *(b"a" + word.encode() for word in self.command),
+        ]
+
+
+class ExecWatcher(Protocol):
+    """Whoever is told of an exec. None of these may wait or raise."""
+
+    def on_started(self, pid: int) -> None:
+        """It runs, under this pid in the box."""
+
+    def on_failed(self, errno: int, where: str) -> None:
+        """It could not be started: `where` is `cwd`, `fork`, `guest`, or anything else for the program itself."""
+
+    def on_exited(self, code: int, signal: int) -> None:
+        """Its first process ended; `signal` is 0 if none ended it."""
+
+    def on_gone(self) -> None:
+        """Nothing is left of it, or nobody is there any more who could tell."""
 
 
 def create_folder(folder: Path) -> None:
@@ -84,21 +145,36 @@ class Channel:
         on_exit: Callable[[int, int], None],
         on_lost: Callable[[], None],
         on_hello: Callable[[Hello], None] | None = None,
+        on_visitor: Callable[[socket.socket], None] | None = None,
     ) -> None:
-        """`on_exit(code, signal)` when the guest reports the end; `on_lost()` when its connection ends."""
-        self._folder = folder
-        self._loop = asyncio.get_running_loop()
+        """As `tell`."""
+        self.tell(on_exit=on_exit, on_lost=on_lost, on_hello=on_hello, on_visitor=on_visitor)
+        self._door = Door(folder, on_guest=self._greet, on_visitor=self._visited)
+        self._link: Link | None = None
+        self._peer = 0
+        self._released = False
+        self._execs: dict[bytes, ExecWatcher] = {}
+        loop = asyncio.get_running_loop()
+        self._hello: asyncio.Future[Hello] = loop.create_future()
+        self._started: asyncio.Future[int | StartFailure] = loop.create_future()
+
+    def tell(
+        self,
+        *,
+        on_exit: Callable[[int, int], None],
+        on_lost: Callable[[], None],
+        on_hello: Callable[[Hello], None] | None = None,
+        on_visitor: Callable[[socket.socket], None] | None = None,
+    ) -> None:
+        """Whom to tell from now on.
+
+        `on_exit(code, signal)` when the guest reports the end; `on_lost()` when its connection ends;
+        `on_visitor(connection)` owns the connection of another process of the box; None: there are no visitors.
+        """
         self._on_exit = on_exit
         self._on_lost = on_lost
         self._on_hello = on_hello
-        self._container_id: str | None = None
-        self._listener: socket.socket | None = None
-        self._guest: socket.socket | None = None
-        self._decoder = Decoder()
-        self._strangers = 0
-        self._released = False
-        self._hello: asyncio.Future[Hello] = self._loop.create_future()
-        self._started: asyncio.Future[int | StartFailure] = self._loop.create_future()
+        self._on_visitor = on_visitor
 
     def listen(self, container_id: str | None = None) -> None:
         """Serve the socket. `container_id` may come later; until then nobody is accepted.
@@ -106,52 +182,38 @@ class Channel:
         Raises:
             OSError: the folder is gone or the socket can't be made.
         """
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        # By descriptor: a path of a deep folder would be longer than a Unix address may be.
-        folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            address = Path(f"/proc/self/fd/{folder}/agent.sock")
-            with contextlib.suppress(FileNotFoundError):
-                address.unlink()
-            listener.bind(str(address))
-            # The folder above is closed to everybody on the host; inside the box any uid may knock.
-            address.chmod(0o666)
-        except BaseException:
-            listener.close()
-            raise
-        finally:
-            os.close(folder)
-        listener.listen(_BACKLOG)
-        self._listener = listener
+        self._door.listen()
         if container_id is not None:
             self.expect(container_id)
 
     def expect(self, container_id: str) -> None:
         """Accept the guest of this container from now on."""
-        self._container_id = container_id
-        if self._listener is not None:
-            self._loop.add_reader(self._listener, self._accept)
+        self._door.expect(container_id)
+
+    @property
+    def may_have_started(self) -> bool:
+        """Whether the command may run or have run: it was released, and nobody said that it could not be started."""
+        if self._started.done() and not self._started.cancelled() and self._started.exception() is None:
+            return not isinstance(self._started.result(), StartFailure)
+        return self._released
 
     @property
     def connected(self) -> bool:
         """Whether the guest is there now."""
-        return self._guest is not None
+        return self._link is not None
 
     async def hello(self) -> Hello:
         """The guest's first words; wait with a timeout."""
         return await asyncio.shield(self._hello)
 
-    async def release(self, secrets: Sequence[tuple[str, str, bytes]]) -> int | StartFailure:
-        """Hand the secrets over and let the command run; its pid in the box, or why it did not start.
-
-        Args:
-            secrets: (letter, name, value): `s` a file, `E` a variable.
+    async def release(self, release: Release) -> int | StartFailure:
+        """Hand over what the box is given and let the command run; its pid in the box, or why it did not start.
 
         Raises:
             ConnectionError: the guest is not there, or left before it answered.
         """
-        fields = [letter.encode() + name.encode() + b"\x00" + value for letter, name, value in secrets]
-        await self._send(encode(GO, fields))
+        link = self._send(encode(GO, release.fields()))
+        await link.drained(_SEND_TIMEOUT)
         self._released = True
         return await asyncio.shield(self._started)
 
@@ -159,104 +221,135 @@ class Channel:
         """Pass a signal to the command's process group; False when the guest is not there."""
         return await self._try_send(encode(SIGNAL, (str(number).encode(),)))
 
+    async def stay(self) -> bool:
+        """Have the guest wait for its release as long as this daemon is there; False when it is not there."""
+        return await self._try_send(encode(STAY))
+
     async def bye(self) -> None:
         """The end was noted; the guest may leave."""
         await self._try_send(encode(BYE))
 
+    # execs
+
+    def execute(self, order: ExecOrder, descriptors: Sequence[int], watcher: ExecWatcher) -> bytes:
+        """Have the guest start an exec; its number. The descriptors, the box's ends, are closed here in any case.
+
+        Raises:
+            ConnectionError: the guest is not there.
+        """
+        # Not counted from one: a guest that outlived an earlier daemon may still be ending execs of that one.
+        number = secrets.token_hex(6).encode()
+        self._send(encode(EXEC, (number, *order.fields())), descriptors)
+        self._execs[number] = watcher
+        return number
+
+    def signal_exec(self, number: bytes, signal_number: int) -> None:
+        """Pass a signal to the process group of an exec's first process; one that has ended is fine."""
+        self._tell(encode(EXEC_SIGNAL, (number, str(signal_number).encode())))
+
+    def kill_exec(self, number: bytes) -> None:
+        """Have every process of an exec ended; its watcher is told when nothing is left."""
+        self._tell(encode(EXEC_KILL, (number,)))
+
+    def forget_exec(self, number: bytes) -> None:
+        """Tell its watcher nothing more."""
+        self._execs.pop(number, None)
+
     def close(self) -> None:
         """Stop serving. Boxes go on and knock again."""
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener)
-            self._listener.close()
-            self._listener = None
+        self._door.close()
         self._drop_guest()
         for future in (self._hello, self._started):
             future.cancel()
 
-    async def _send(self, data: bytes) -> None:
-        if self._guest is None:
+    def _send(self, data: bytes, descriptors: Sequence[int] = ()) -> Link:
+        if self._link is None:
+            Link.close_all(descriptors)
             raise ConnectionError("the guest is not connected")
-        await asyncio.wait_for(self._loop.sock_sendall(self._guest, data), 10)
+        link = self._link
+        link.send(data, descriptors)
+        return link
+
+    def _tell(self, data: bytes) -> None:
+        if self._link is not None:
+            try:
+                self._link.send(data)
+            except ConnectionError:
+                return
 
     async def _try_send(self, data: bytes) -> bool:
         try:
-            await self._send(data)
+            await self._send(data).drained(_SEND_TIMEOUT)
         except (OSError, TimeoutError):
             return False
         return True
 
-    def _accept(self) -> None:
-        if self._listener is None or self._container_id is None:
-            return
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return
-        connection.setblocking(False)
-        size = struct.calcsize("3i")
-        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-        if not is_init_of(pid, self._container_id):
+    def _visited(self, connection: socket.socket) -> None:
+        if self._on_visitor is None:
             connection.close()
-            self._turn_away()
+        else:
+            self._on_visitor(connection)
+
+    # what the guest says
+
+    def _greet(self, connection: socket.socket, pid: int) -> None:
+        self._drop_guest()
+        self._peer = pid
+        self._link = Link(connection, on_frame=self._handle, on_end=self._ended)
+
+    def _ended(self, link: Link) -> None:
+        if self._link is not link:
             return
         self._drop_guest()
-        self._guest, self._decoder, self._peer = connection, Decoder(), pid
-        self._loop.add_reader(connection, self._read, connection)
+        if self._released and not self._started.done():
+            self._started.set_exception(ConnectionError("the guest left before it started the command"))
+        self._on_lost()
 
-    def _turn_away(self) -> None:
-        if self._strangers == 0:
-            self._loop.call_later(_STRANGER_PAUSE, self._forget_strangers)
-        self._strangers += 1
-        if self._strangers == _STRANGERS_ALLOWED and self._listener is not None:
-            self._loop.remove_reader(self._listener)
-
-    def _forget_strangers(self) -> None:
-        paused = self._strangers >= _STRANGERS_ALLOWED
-        self._strangers = 0
-        if paused and self._listener is not None:
-            self._loop.add_reader(self._listener, self._accept)
-
-    def _read(self, connection: socket.socket) -> None:
-        try:
-            data = connection.recv(_RECEIVE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        try:
-            frames = self._decoder.feed(data) if data else []
-            for frame in frames:
-                self._handle(frame)
-        except (ProtocolError, ValueError):
-            data = b""
-        if not data and self._guest is connection:
-            self._drop_guest()
-            if self._released and not self._started.done():
-                self._started.set_exception(ConnectionError("the guest left before it started the command"))
-            self._on_lost()
+    def _drop_guest(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+        # A guest without its daemon ends its execs.
+        watchers, self._execs = self._execs, {}
+        for watcher in watchers.values():
+            watcher.on_gone()
 
     def _handle(self, frame: Frame) -> None:
         match frame.kind:
             case kind if kind == HELLO:
-                phase = frame.fields[0].decode() if frame.fields else ""
-                if phase not in ("waiting", "running", "ended"):
-                    raise ProtocolError("unknown phase")
-                hello = Hello(self._peer, phase, frame.number(2), frame.number(3))  # type: ignore[arg-type]
-                if not self._hello.done():
-                    self._hello.set_result(hello)
-                if self._on_hello is not None:
-                    self._on_hello(hello)
-                if phase == "ended":
-                    self._on_exit(hello.code, hello.signal)
+                self._greeted(frame)
             case kind if kind == STARTED and not self._started.done():
                 self._started.set_result(frame.number(0))
             case kind if kind == FAILED and not self._started.done():
-                self._started.set_result(StartFailure(frame.number(0)))
+                self._started.set_result(StartFailure(frame.number(0, MAX_ERRNO), folder=len(frame.fields) > 2))
             case kind if kind == EXITED:
-                self._on_exit(frame.number(0), frame.number(1))
+                self._on_exit(frame.number(0, MAX_CODE), frame.number(1, MAX_SIGNAL))
+            case kind if kind in (EXEC_STARTED, EXEC_FAILED, EXEC_EXITED, EXEC_GONE):
+                self._handle_exec(frame)
 
-    def _drop_guest(self) -> None:
-        if self._guest is not None:
-            self._loop.remove_reader(self._guest)
-            self._guest.close()
-            self._guest = None
+    def _greeted(self, frame: Frame) -> None:
+        phase = frame.field(0).decode(errors="replace")
+        if phase not in ("waiting", "running", "ended"):
+            raise ProtocolError("unknown phase")
+        hello = Hello(self._peer, phase, frame.number(2, MAX_CODE), frame.number(3, MAX_SIGNAL))  # type: ignore[arg-type]
+        if not self._hello.done():
+            self._hello.set_result(hello)
+        if self._on_hello is not None:
+            self._on_hello(hello)
+        if phase == "ended":
+            self._on_exit(hello.code, hello.signal)
+
+    def _handle_exec(self, frame: Frame) -> None:
+        watcher = self._execs.get(frame.field(0))
+        if watcher is None:
+            return
+        match frame.kind:
+            case kind if kind == EXEC_STARTED:
+                watcher.on_started(frame.number(1))
+            case kind if kind == EXEC_FAILED:
+                watcher.on_failed(frame.number(1, MAX_ERRNO), frame.field(2).decode(errors="replace"))
+            case kind if kind == EXEC_EXITED:
+                watcher.on_exited(frame.number(1, MAX_CODE), frame.number(2, MAX_SIGNAL))
+            case _:
+                self._execs.pop(frame.field(0), None)
+                watcher.on_gone()

@@ -6,6 +6,7 @@ Times are Unix seconds, because deadlines survive a restart; a clock that jumps 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import logging
@@ -43,10 +44,10 @@ class Deadlines:
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
             wait = min(_LONGEST_SLEEP, self._heap[0][0] - now) if self._heap else _LONGEST_SLEEP
-            try:
-                await asyncio.wait_for(self._changed.wait(), max(wait, 0.001))
-            except TimeoutError:
-                continue
+            # Not wait_for: before Python 3.12 it can lose a cancellation that comes with the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(wait, 0.001)):
+                    await self._changed.wait()
 
     @staticmethod
     async def _guarded(action: Action) -> None:

@@ -33,10 +33,14 @@ class EventHub:
     ) -> Event:
         """Store and tell one event; `data` must be JSON and hold no secret."""
         event = await self._store.add_event(kind, owner, team, agent, data)
-        _log.info("%s team=%s agent=%s %s", kind, team, agent, data)
+        self.tell(event)
+        return event
+
+    def tell(self, event: Event) -> None:
+        """Tell of an event that is stored."""
+        _log.info("%s team=%s agent=%s %s", event.type, event.team, event.agent, event.data)
         news, self._news = self._news, asyncio.Event()
         news.set()
-        return event
 
     async def last(self) -> int:
         """The id of the newest event."""

@@ -10,11 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 HELLO, STARTED, FAILED, EXITED = 1, 2, 3, 4
+EXEC_STARTED, EXEC_FAILED, EXEC_EXITED, EXEC_GONE = 5, 6, 7, 8
 GO, SIGNAL, BYE = 65, 66, 67
+EXEC, EXEC_SIGNAL, EXEC_KILL = 68, 69, 70
+STAY = 71
 
 # Nothing the guest says in this version is longer than a path.
 MAX_INCOMING = 16 * 1024
 MAX_NUMBER_DIGITS = 10
+MAX_CODE, MAX_SIGNAL, MAX_ERRNO = 255, 64, 4095
 
 
 class ProtocolError(Exception):
@@ -28,17 +32,25 @@ class Frame:
     kind: int
     fields: tuple[bytes, ...]
 
-    def number(self, index: int) -> int:
+    def field(self, index: int) -> bytes:
+        """Field `index`.
+
+        Raises:
+            ProtocolError: absent.
+        """
+        try:
+            return self.fields[index]
+        except IndexError:
+            raise ProtocolError(f"frame {self.kind} lacks field {index}") from None
+
+    def number(self, index: int, most: int | None = None) -> int:
         """Field `index` as a non-negative decimal number.
 
         Raises:
-            ProtocolError: absent or no such number.
+            ProtocolError: absent, no such number, or above `most`.
         """
-        try:
-            text = self.fields[index]
-        except IndexError:
-            raise ProtocolError(f"frame {self.kind} lacks field {index}") from None
-        if not text.isdigit() or len(text) > MAX_NUMBER_DIGITS:
+        text = self.field(index)
+        if not text.isdigit() or len(text) > MAX_NUMBER_DIGITS or (most is not None and int(text) > most):
             raise ProtocolError(f"field {index} of frame {self.kind} is no number")
         return int(text)
 

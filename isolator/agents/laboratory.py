@@ -120,19 +120,24 @@ class SelfTestLaboratory:
     async def clear(self) -> None:
         """Remove every box and network of the test; what the engine keeps is left to the next time, or to reconcile.
 
+        By their labels, not by what is remembered: an engine that hung may have made, after an earlier clearing, what
+        it was asked for before.
+
         Raises:
             IsolatorError: the engine's reason; something is left.
         """
+        daemon = self._facts("").daemon
+        networks = {network.team for network in await self._backend.networks() if network.daemon == daemon}
         for box in await self._backend.boxes():
-            if box.agent in self._boxes:
+            if box.agent in self._boxes or (box.daemon == daemon and box.team in networks):
                 await self._backend.remove(box.id)
         for agent, channel in self._boxes.items():
             channel.close()
             await self._builder.discard(agent)
         self._boxes.clear()
-        for team in list(self._teams):
+        for team in networks | set(self._teams):
             await self._backend.remove_network(team)
-            del self._teams[team]
+            self._teams.pop(team, None)
 
 
 def _address_of(pid: int, subnet: str) -> str:

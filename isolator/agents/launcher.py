@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from isolator.agents.builder import BoxBuilder, Secrets
 from isolator.agents.channel import create_folder
+from isolator.agents.claimer import BoxSpoiled, Claimer
 from isolator.agents.events import EventHub
 from isolator.agents.lifecycle import Lifecycle
 from isolator.agents.live import LiveAgent, weight_of
 from isolator.agents.notes import summary_of, warnings_of
+from isolator.agents.pool import Blank, Pool
 from isolator.agents.receipt import receipt
 from isolator.agents.secrets import collect_secrets
 from isolator.agents.teams import Teams
@@ -33,11 +36,13 @@ from isolator.model.identity import Principal
 from isolator.model.request import EnsureRequest
 from isolator.model.team import Team
 from isolator.network.selftest import NetworkProof
+from isolator.policy.blank import Profile, bare_request, blank_of
 from isolator.policy.compile import SpawnFacts, compile_box, refuse_unbuilt
 from isolator.policy.mounts import plan_mounts
 from isolator.settings import Settings
 from isolator.store.store import Store
 
+_log = logging.getLogger(__name__)
 Key = tuple[str, str, str]
 """An Idempotency-Key as it is stored: its owner, itself, the digest of the request it came with."""
 # Bytes of memory for what all agents' specs hold in texts of free size.
@@ -52,6 +57,16 @@ class Host:
     seccomp: str
     credentials: Path | None
     backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A compiled spawn: the spec, the descriptors of its mounts, and what the spec would be under another id."""
+
+    spec: BoxSpec
+    held: list[HeldFolder]
+    under: Callable[[str], BoxSpec]
+    blank: Callable[[Profile], Blank]
 
 
 class Launcher:
@@ -71,6 +86,8 @@ class Launcher:
         lifecycle: Lifecycle,
         proof: NetworkProof,
         guarantees: Callable[[], Guarantees],
+        pool: Pool,
+        claimer: Claimer,
     ) -> None:
         """Only keeps its parts."""
         self._settings = settings
@@ -85,6 +102,8 @@ class Launcher:
         self._lifecycle = lifecycle
         self._proof = proof
         self._guarantees = guarantees
+        self._pool = pool
+        self._claimer = claimer
         # Teams that a spawn had to make, until somebody has been told of an agent in them.
         self._provisional: dict[str, Team] = {}
         self._roots = [PurePosixPath(os.path.realpath(root)) for root in settings.workspace_roots]
@@ -109,19 +128,26 @@ class Launcher:
                 refuse_unbuilt(request)
                 # Every refusal comes before anything is made, the team included.
                 team = self._teams.planned(team_id, caller, create=request.create_team)
-                spec, held = await self.plan(team, name, request, caller, agent_id)
+                plan = await self.plan(team, name, request, caller, agent_id)
                 try:
-                    secrets = await self._secrets(request, spec, caller)
-                    if spec.network == "team":
+                    secrets = await self._secrets(request, plan.spec, caller)
+                    if plan.spec.network == "team":
                         await self._proof.require(self._settings.network_proof_timeout)
                     await self._realise(team, caller)
                     async with self._teams.using(team.id):
-                        return (await self._build(spec, held, secrets, caller, key)).record
+                        await self._refuse_too_many(plan.spec)
+                        live = await self._claim(plan, secrets, caller, key)
+                        if live is None:
+                            live = await self._build(plan.spec, plan.held, secrets, caller, key)
+                        if self._may_claim(plan.spec):
+                            self._pool.want(plan.spec, plan.blank)
                 except BaseException:
                     await uninterrupted(self.undo_team(team.id))
                     raise
+                else:
+                    return live.record
                 finally:
-                    close_all(held)
+                    close_all(plan.held)
         except TimeoutError:
             raise Unavailable(
                 "spawn_timeout",
@@ -153,7 +179,7 @@ class Launcher:
 
     async def plan(
         self, team: Team, name: str | None, request: EnsureRequest, caller: Principal, agent_id: str
-    ) -> tuple[BoxSpec, list[HeldFolder]]:
+    ) -> Plan:
         """The compiled spec and the descriptors of its mounts, which the caller closes."""
         self._check_parent(request, team, caller)
         image = await self._images.resolve(request.image or self._settings.default_image)
@@ -169,7 +195,20 @@ class Launcher:
                 host_cpus=os.cpu_count() or 1,
                 daemon=self._host.daemon,
             )
-            return compile_box(request, name, caller, team, facts, self._settings), held
+
+            def under(other: str) -> BoxSpec:
+                return compile_box(request, name, caller, team, replace(facts, agent=other), self._settings)
+
+            def blank(profile: Profile) -> Blank:
+                bare, bare_facts = bare_request(profile), replace(facts, mounts=())
+
+                def make(other: str) -> BoxSpec:
+                    of_other = replace(bare_facts, agent=other)
+                    return blank_of(compile_box(bare, None, caller, team, of_other, self._settings), profile)
+
+                return make
+
+            return Plan(under(agent_id), held, under, blank)
         except BaseException:
             close_all(held)
             raise
@@ -187,6 +226,25 @@ class Launcher:
         places = (self._settings.secret_dir, self._host.credentials)
         return await asyncio.to_thread(collect_secrets, request.secrets, spec.secrets, caller, *places)
 
+    def _may_claim(self, spec: BoxSpec) -> bool:
+        return self._claimer.can_place or not spec.mounts
+
+    async def _claim(self, plan: Plan, secrets: Secrets, caller: Principal, key: Key | None) -> LiveAgent | None:
+        """An agent in a box that waited for it; None if there is none, or it was of no use."""
+        ready = self._pool.take(plan.spec) if self._may_claim(plan.spec) else None
+        if ready is not None:
+            try:
+                live = await self._claimer.claim(ready, plan.under, plan.held, secrets, caller, key)
+            except BoxSpoiled as error:
+                _log.warning("a waiting box of team %s was of no use, one is built: %s", plan.spec.team, error)
+            else:
+                self._pool.claims["warm"] += 1
+                return live
+            finally:
+                self._pool.taken_over(ready.spec.agent)
+        self._pool.claims["cold"] += 1
+        return None
+
     async def _build(
         self,
         spec: BoxSpec,
@@ -195,7 +253,6 @@ class Launcher:
         caller: Principal,
         key: Key | None,
     ) -> LiveAgent:
-        await self._refuse_too_many(spec)
         record = Agent(
             id=spec.agent,
             spec=spec,

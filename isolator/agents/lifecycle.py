@@ -10,18 +10,19 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from isolator.agents.builder import BoxBuilder
-from isolator.agents.channel import Channel, Hello
+from isolator.agents.channel import Channel
 from isolator.agents.deadlines import Deadlines
 from isolator.agents.endings import decide_exit
 from isolator.agents.events import EventHub
-from isolator.agents.live import LiveAgent, Report
+from isolator.agents.hearing import Hearing
+from isolator.agents.live import LiveAgent
 from isolator.audit.log import AuditLog
 from isolator.backends.base import Backend, Box
-from isolator.host.cgroups import cpu_seconds, oom_kills
+from isolator.host.cgroups import cpu_seconds
 from isolator.model.agent import Agent, Exit, Reason
 from isolator.model.errors import IsolatorError, NotFound
 from isolator.model.identity import Principal
@@ -33,8 +34,6 @@ _END_WAITS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.4)
 _RETRY = 5.0
 _IDLE_SHARE = 0.01
 _LAST_WORDS = 2.0
-# How long a box may go on after its PID 1 has told the end; a guest of ours leaves when it hears that it was heard.
-_LEAVE = 15.0
 # A guest without a daemon knocks at least once in a second.
 _KNOCK = 2.0
 
@@ -60,6 +59,9 @@ class Lifecycle:
         self._builder = builder
         self._deadlines = deadlines
         self._records_kept = records_kept
+        self.hearing = Hearing(builder, deadlines, finish=self.finish, expire=self.expire, later=self._later)
+        # Whether somebody works in an agent now, who asked for it long ago perhaps.
+        self.is_in_use: Callable[[str], bool] = lambda _: False
         self._live: dict[str, LiveAgent] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stops: set[asyncio.Task[Any] | None] = set()
@@ -93,36 +95,7 @@ class Lifecycle:
 
     def channel_for(self, live: LiveAgent) -> Channel:
         """A channel whose reports go to this agent."""
-        agent_id = live.record.id
-
-        def on_hello(hello: Hello) -> None:
-            live.record = live.record.changed(pid=hello.pid)
-
-        def on_exit(code: int, number: int) -> None:
-            # PID 1 of a foreign image may say anything, as often as it likes: its first word counts.
-            if live.report is None:
-                pid = live.record.pid
-                live.report = Report(code, number, oom_kills(pid) if pid else 0)
-                live.reported.set()
-                overdue = time.time() + _LEAVE
-                self._deadlines.at(overdue, lambda: self.expire(agent_id, "killed", "PID 1 told the end and stayed."))
-            if not live.acknowledging:
-                live.acknowledging = True
-                self._later(self._acknowledge(live))
-
-        def on_lost() -> None:
-            self._later(self.finish(agent_id))
-
-        live.channel = Channel(self._builder.folder(agent_id), on_exit=on_exit, on_lost=on_lost, on_hello=on_hello)
-        return live.channel
-
-    @staticmethod
-    async def _acknowledge(live: LiveAgent) -> None:
-        try:
-            if live.channel is not None:
-                await live.channel.bye()
-        finally:
-            live.acknowledging = False
+        return self.hearing.open(live)
 
     def hold(self, live: LiveAgent) -> None:
         """Keep an agent from now on."""
@@ -132,6 +105,7 @@ class Lifecycle:
         """Forget one that never came to be, its record too; as often as it takes where the disk refuses."""
         live = self._live.pop(agent_id, None)
         if live is not None:
+            self.hearing.on_removed(agent_id)
             live.ended.set()
         try:
             await self._store.delete_agent(agent_id)
@@ -221,6 +195,7 @@ class Lifecycle:
             if live.channel is not None:
                 live.channel.close()
                 live.channel = None
+            self.hearing.on_ended(live.record.id)
             live.ended.set()
             self._schedule_cleanup(live)
         await self._tell(live.record, "agent.exited", reason=ending.reason, code=ending.code, signal=ending.signal)
@@ -260,7 +235,8 @@ class Lifecycle:
             return
         idle_ttl, now = live.record.spec.idle_ttl, time.time()
         used = cpu_seconds(live.record.pid) if live.record.pid else None
-        if used is not None and used - live.cpu_seconds > _IDLE_SHARE * idle_ttl:
+        busy = used is not None and used - live.cpu_seconds > _IDLE_SHARE * idle_ttl
+        if busy or self.is_in_use(agent_id):
             live.touched_at = now
         live.cpu_seconds = used or 0.0
         if now - live.touched_at >= idle_ttl:
@@ -353,6 +329,7 @@ class Lifecycle:
         ending = record.exit or self._removed_exit(live)
         finished = record.finished_at or time.time()
         await self._become(live, state="removed", exit=ending, finished_at=finished, pid=None)
+        self.hearing.on_removed(record.id)
         await self._store.prune(self._records_kept)
         self._live.pop(record.id, None)
         live.ended.set()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 
 from isolator.host.folders import HeldFolder
 from isolator.model.box import WORKSPACE, BoxSpec
+from isolator.model.event import Event
 from isolator.model.request import SpawnRequest
 
 
@@ -33,6 +35,12 @@ def warnings_of(spec: BoxSpec, held: Sequence[HeldFolder]) -> tuple[dict[str, st
                 }
             )
     return tuple(warnings)
+
+
+def started_event(spec: BoxSpec) -> Event:
+    """The event of a spawn that was done, not stored yet."""
+    data = {"name": spec.name, "image": spec.image}
+    return Event(0, time.time(), "agent.started", spec.owner, spec.team, spec.agent, data)
 
 
 def summary_of(spec: BoxSpec, digest: str) -> dict[str, object]:

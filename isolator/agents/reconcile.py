@@ -8,6 +8,7 @@ containers, networks, staged mounts, sockets. It runs beside the API, never befo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -167,7 +168,11 @@ class Reconciler:
                 findings.stuck.append(agent_id)
             else:
                 findings.ended.append(agent_id)
-        elif record.state == "running" and box is not None and box.spec not in ("", record.spec_digest):
+        elif (
+            record.state == "running"
+            and box is not None
+            and box.spec not in ("", record.box_digest or record.spec_digest)
+        ):
             await self._lifecycle.expire(agent_id, "lost", "Its box does not carry the spec it was promised.")
             findings.ended.append(agent_id)
         elif record.state == "running" and (box is None or box.state != "running"):
@@ -176,6 +181,10 @@ class Reconciler:
                 findings.ended.append(agent_id)
         elif record.state == "running":
             findings.adopted += 1
+            if box is not None and record.warm and box.name != record.spec.box_name:
+                # Claimed in the moment its daemon was killed. One that is being renamed just now is refused a second.
+                with contextlib.suppress(IsolatorError):
+                    await self._backend.rename(box.id, record.spec.box_name)
 
     async def _remove_orphans(self, boxes: list[Box], findings: Findings) -> None:
         for box in boxes:

@@ -53,6 +53,11 @@ class Spawner:
         """Ids of agents being built now, which reconcile must not touch."""
         return set(self._under_way)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether any spawn is under way."""
+        return bool(self._under_way)
+
     async def spawn(self, request: SpawnRequest, caller: Principal, key: str | None = None) -> Agent:
         """A new running agent; with a key seen before, the first one's agent.
 
@@ -108,8 +113,9 @@ class Spawner:
                 if live is None:
                     return await self._start(team, name, request, caller, None), True
                 home = self._teams.get(team, caller)
-                wanted, held = await self._launcher.plan(home, name, request, caller, live.record.id)
-                close_all(held)
+                plan = await self._launcher.plan(home, name, request, caller, live.record.id)
+                close_all(plan.held)
+                wanted = plan.spec
                 if wanted.digest() != live.record.spec_digest:
                     raise Conflict(
                         "spec_differs",
@@ -181,8 +187,12 @@ class Spawner:
     async def _abandon(self, agent_id: str, task: asyncio.Task[Agent]) -> None:
         """The caller hung up and will never learn the id: undo the spawn."""
         await asyncio.wait({task})
+        if task.cancelled() or task.exception() is not None:
+            return
+        # An agent in a box that waited for it has that box's id.
+        agent_id = task.result().id
         live = self._lifecycle.find(agent_id)
-        if live is None or task.cancelled() or task.exception() is not None:
+        if live is None:
             return
         live.detail = "Its caller hung up before it was told."
         while True:

@@ -25,6 +25,10 @@ _SUBNET_TRIES = 64
 _DRAIN_TIMEOUT = 90.0
 
 
+async def _nothing(team: str) -> None:
+    del team
+
+
 class Teams:
     """All teams, in memory as in the store."""
 
@@ -46,6 +50,7 @@ class Teams:
         self._users: Counter[str] = Counter()
         self._unused = asyncio.Condition()
         self._deleting: set[str] = set()
+        self.before_forgetting: Callable[[str], Awaitable[None]] = _nothing
 
     async def load(self) -> None:
         """Read the teams from the store."""
@@ -238,6 +243,7 @@ class Teams:
 
     async def _forget(self, team: Team) -> None:
         """Remove the network and the record of a team without agents."""
+        await self.before_forgetting(team.id)
         await self._backend.remove_network(team.id)
         await self._store.delete_team(team.id)
         self._teams.pop(team.id, None)

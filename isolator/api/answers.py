@@ -89,6 +89,40 @@ class AgentList(_Answer):
     next: str | None
 
 
+class RunAnswer(_Answer):
+    """How a run ended; stdout and stderr are base64, duration is seconds. exit_code is 128 + signal if one ended it."""
+
+    exit_code: int
+    signal: int | None
+    timed_out: bool
+    oom_killed: bool
+    truncated: bool
+    stdout: str
+    stderr: str
+    duration: float
+
+
+class FileAnswer(_Answer):
+    """A file, folder or link. `path` can be put behind `/files` whatever bytes the name has; `name` is for people."""
+
+    name: str
+    path: str
+    type: Literal["file", "folder", "link", "other"]
+    size: int
+    mode: str
+    mtime: str | None
+    etag: str
+    target: str | None
+
+
+class FileList(_Answer):
+    """What a folder holds."""
+
+    items: list[FileAnswer]
+    next: str | None
+    truncated: bool
+
+
 class TeamAnswer(_Answer):
     """A team."""
 
@@ -125,6 +159,58 @@ class InfoAnswer(_Answer):
     guarantees: dict[str, GuaranteeAnswer]
     degraded: list[dict[str, str]]
     network: dict[str, Any]
+
+
+class MessageAnswer(_Answer):
+    """What became of a message so far; docs/messages.md says what each state means."""
+
+    id: str
+    state: Literal["delivered", "queued", "sent", "unacknowledged", "expired", "dropped"]
+
+
+class UseAnswer(_Answer):
+    """What is used of something, and the most of it; None: not known, no limit. Bytes, seconds, cores or counts."""
+
+    used: float | None
+    limit: float | None
+
+
+class ProgressAnswer(_Answer):
+    """How far an agent says it is; fraction is 0 to 1, elapsed seconds."""
+
+    text: str | None
+    fraction: float | None
+    elapsed: float | None
+    at: str | None
+
+
+class StatsAnswer(_Answer):
+    """What a running agent uses."""
+
+    agent: str
+    name: str
+    team: str
+    state: str
+    started_at: str | None
+    at: str
+    cpu: UseAnswer
+    memory: UseAnswer
+    pids: UseAnswer
+    disk: UseAnswer
+    shm: UseAnswer
+    nofile: UseAnswer
+    network: UseAnswer
+    wall: UseAnswer
+    ttl: UseAnswer
+    progress: ProgressAnswer | None
+
+
+class StatsList(_Answer):
+    """What running agents use. `truncated`: there are more, which were left out."""
+
+    items: list[StatsAnswer]
+    next: str | None
+    truncated: bool
 
 
 class ItemList(_Answer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -27,7 +29,21 @@ class Metrics:
         )
         self.agents = Gauge("isolator_agents", "Agents held, by state", ["state"], registry=self._registry)
         self.teams = Gauge("isolator_teams", "Teams", registry=self._registry)
+        self.pool_boxes = Gauge("isolator_pool_boxes", "Boxes that wait for an agent", registry=self._registry)
+        self.claims = Counter(
+            "isolator_claims",
+            "Spawns, by whether a box waited for them (warm) or was built (cold)",
+            ["kind"],
+            registry=self._registry,
+        )
+        self._claims: dict[str, int] = {}
         self.engine_up = Gauge("isolator_engine_up", "1 while the engine answers", registry=self._registry)
+
+    def count_claims(self, totals: Mapping[str, int]) -> None:
+        """Bring the counter of claims up to these totals."""
+        for kind, total in totals.items():
+            self.claims.labels(kind).inc(total - self._claims.get(kind, 0))
+        self._claims = dict(totals)
 
     def render(self) -> bytes:
         """The text format."""

@@ -33,9 +33,10 @@ def build(routes: tuple[Route, ...]) -> dict[str, Any]:
     for route in routes:
         if route.body is not None:
             models[route.body] = "validation"
-        for answer in route.answers.values():
-            if not isinstance(answer, str):
-                models[answer] = "serialization"
+        for status in route.answers:
+            for answer in route.answers_of(status):
+                if not isinstance(answer, str):
+                    models[answer] = "serialization"
     _, schemas = models_json_schema(
         list(models.items()),  # type: ignore[arg-type]
         ref_template=_REFERENCE,
@@ -66,9 +67,10 @@ def _operation(route: Route) -> dict[str, Any]:
             "content": {"application/problem+json": {"schema": _schema(Problem)}},
         }
     }
-    for status, answer in route.answers.items():
-        content = {answer: {}} if isinstance(answer, str) else {"application/json": {"schema": _schema(answer)}}
-        responses[str(status)] = {"description": route.summary, "content": content}
+    for status in route.answers:
+        responses[str(status)] = {"description": route.summary}
+        if content := _content(route.answers_of(status)):
+            responses[str(status)]["content"] = content
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in _PATH_PARAMETER.findall(route.path)
@@ -90,4 +92,14 @@ def _operation(route: Route) -> dict[str, Any]:
             "required": True,
             "content": {"application/json": {"schema": _schema(route.body)}},
         }
+    if route.takes is not None:
+        operation["requestBody"] = {"required": True, "content": {route.takes: {}}}
     return operation
+
+
+def _content(answers: tuple[type[BaseModel] | str, ...]) -> dict[str, Any]:
+    """Answers by content type."""
+    content: dict[str, Any] = {answer: {} for answer in answers if isinstance(answer, str)}
+    if models := [_schema(answer) for answer in answers if not isinstance(answer, str)]:
+        content["application/json"] = {"schema": models[0] if len(models) == 1 else {"anyOf": models}}
+    return content

@@ -12,12 +12,17 @@ from aiohttp import web
 
 from isolator.agents.events import EventHub
 from isolator.agents.lifecycle import Lifecycle
+from isolator.agents.pool import Pool
 from isolator.agents.spawner import Spawner
+from isolator.agents.stats import Stats
 from isolator.agents.teams import Teams
 from isolator.api.metrics import Metrics
 from isolator.audit.log import AuditLog
 from isolator.audit.reading import LogReader
 from isolator.backends.base import Backend, Guarantees, ImageResolver
+from isolator.execs.service import Execs
+from isolator.files.service import Files
+from isolator.messages.router import Router
 from isolator.network.selftest import NetworkProof
 from isolator.settings import Settings
 from isolator.store.store import Store
@@ -40,6 +45,11 @@ class Parts:
     images: ImageResolver
     lifecycle: Lifecycle
     spawner: Spawner
+    execs: Execs
+    pool: Pool
+    messages: Router
+    files: Files
+    stats: Stats
     proof: NetworkProof
     metrics: Metrics
     guarantees: Callable[[], Guarantees]

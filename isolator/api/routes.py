@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from isolator.api import agents, answers, openapi, system, teams
+from isolator.api import agents, answers, execs, files, messages, openapi, stats, system, teams
 from isolator.api.access import Admin, AgentOwner, AnyPeer, TeamOwner
 from isolator.api.route import Route
-from isolator.model.request import EnsureRequest, SpawnRequest, TeamRequest
+from isolator.model.message import MessageRequest
+from isolator.model.request import EnsureRequest, RunRequest, SpawnRequest, TeamRequest
 
 ANY, TEAM, AGENT, ADMIN = AnyPeer(), TeamOwner(), AgentOwner(), Admin()
 
@@ -23,6 +24,7 @@ ROUTES: tuple[Route, ...] = (
         {200: answers.InfoAnswer},
     ),
     Route("GET", "/v1/images", system.list_images, ANY, "Pinned images", {200: answers.ItemList}),
+    Route("GET", "/v1/pool", system.list_pool, ANY, "Boxes that wait for an agent", {200: answers.ItemList}),
     Route("POST", "/v1/teams", teams.create, ANY, "Create a team", {201: answers.TeamAnswer}, body=TeamRequest),
     Route("GET", "/v1/teams", teams.list_teams, ANY, "List teams", {200: answers.TeamList}),
     Route("GET", "/v1/teams/{team}", teams.inspect, TEAM, "Inspect a team", {200: answers.TeamAnswer}),
@@ -88,6 +90,41 @@ ROUTES: tuple[Route, ...] = (
         query={"grace": "Seconds between SIGTERM and SIGKILL (0 to 600)."},
     ),
     Route(
+        "POST",
+        "/v1/agents/{agent}/run",
+        execs.run,
+        AGENT,
+        "Run a command to its end",
+        {200: answers.RunAnswer},
+        body=RunRequest,
+    ),
+    Route(
+        "GET",
+        "/v1/agents/{agent}/exec",
+        execs.execute,
+        AGENT,
+        "Run a command, its streams passed: a WebSocket (v5.channel.k8s.io)",
+        {101: "application/octet-stream"},
+    ),
+    Route(
+        "POST",
+        "/v1/agents/{agent}/messages",
+        messages.send,
+        AGENT,
+        "Send a message to an agent",
+        {200: answers.MessageAnswer, 202: answers.MessageAnswer},
+        body=MessageRequest,
+        query={"wait": "Answer when nothing more will become of it, at most after this many seconds (0 to 60)."},
+    ),
+    Route(
+        "GET",
+        "/v1/agents/{agent}/messages",
+        messages.connect,
+        AGENT,
+        "Send to an agent and receive what it sends: a WebSocket, a JSON object a text",
+        {101: "application/json"},
+    ),
+    Route(
         "GET",
         "/v1/agents/{agent}/logs",
         agents.logs,
@@ -100,6 +137,83 @@ ROUTES: tuple[Route, ...] = (
             "stream": "stdout or stderr; both if absent.",
             "format": "raw, or frames (u8 stream, 3 zero bytes, u32 length, payload).",
         },
+    ),
+    Route(
+        "GET",
+        "/v1/agents/{agent}/stats",
+        stats.of_one,
+        AGENT,
+        "What an agent uses, against its limits",
+        {200: answers.StatsAnswer},
+    ),
+    Route(
+        "GET",
+        "/v1/stats",
+        stats.of_all,
+        ANY,
+        "What all running agents use",
+        {200: answers.StatsList},
+        query={"team": "Only this team's."},
+    ),
+    Route(
+        "GET",
+        "/v1/agents/{agent}/files/{path}",
+        files.read,
+        AGENT,
+        "Read a file, list a folder",
+        {
+            200: ("application/octet-stream", answers.FileList, answers.FileAnswer),
+            206: "application/octet-stream",
+        },
+        query={"list": "What a folder holds; without a path, the mounts.", "stat": "Its facts, a link's own."},
+        headers={"Range": "One range of bytes.", "If-Range": "An ETag: the range only if that still holds."},
+    ),
+    Route(
+        "HEAD",
+        "/v1/agents/{agent}/files/{path}",
+        files.head,
+        AGENT,
+        "Headers of a file or folder",
+        {200: "application/octet-stream"},
+    ),
+    Route(
+        "PUT",
+        "/v1/agents/{agent}/files/{path}",
+        files.write,
+        AGENT,
+        "Write a file, whole or not at all",
+        {200: answers.FileAnswer, 201: answers.FileAnswer},
+        takes="application/octet-stream",
+        query={
+            "mode": "Permission bits, octal; else those of the file that is there, else 0644.",
+            "exclusive": "Only if nothing is there.",
+            "parents": "Make missing folders.",
+        },
+        headers={"If-Match": "An ETag, or *: only if that still holds.", "If-None-Match": "*: as exclusive."},
+    ),
+    Route(
+        "POST",
+        "/v1/agents/{agent}/files/{path}",
+        files.change,
+        AGENT,
+        "Make a folder, rename, copy",
+        {200: answers.FileAnswer, 201: answers.FileAnswer},
+        query={
+            "mkdir": "Make a folder.",
+            "rename": "The new path, absolute and percent-encoded, in the same mount.",
+            "copy": "The copy's path, absolute and percent-encoded.",
+            "replace": "false: only if nothing is there.",
+            "parents": "Make missing folders.",
+        },
+    ),
+    Route(
+        "DELETE",
+        "/v1/agents/{agent}/files/{path}",
+        files.remove,
+        AGENT,
+        "Remove a file, a link, a folder",
+        {204: None},
+        query={"recursive": "A folder with all it holds."},
     ),
     Route(
         "GET",

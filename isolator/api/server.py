@@ -26,7 +26,7 @@ from isolator.api.wire import check_query, problem_answer
 from isolator.model.errors import Forbidden, Internal, IsolatorError, NotFound, Unavailable
 
 _log = logging.getLogger(__name__)
-_http_log = logging.getLogger("isolator.http")
+HTTP_LOG = logging.getLogger("isolator.http")
 _BACKLOG = 256
 _SHUTDOWN = 5.0
 # How long the rest of a refused request is still read, so that its sender gets to read the answer.
@@ -40,7 +40,7 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 # Any peer could fill the log otherwise, a traceback for each line of rubbish.
-_http_log.addFilter(_is_ours)
+HTTP_LOG.addFilter(_is_ours)
 
 
 def build_application(parts: Parts) -> web.Application:
@@ -49,7 +49,7 @@ def build_application(parts: Parts) -> web.Application:
     application[PARTS] = parts
     application[openapi.ROUTES] = ROUTES
     for route in ROUTES:
-        application.router.add_route(route.method, route.path, _guarded(route))
+        application.router.add_route(route.method, route.pattern, _guarded(route))
     return application
 
 
@@ -74,7 +74,7 @@ async def _answer_problems(request: web.Request, handler: Handler) -> web.Stream
             await _note_refusal(request, error)
         response = problem_answer(error)
     except web.HTTPException as error:
-        response = problem_answer(_of_http(error, request))
+        response = problem_answer(of_http(error, request))
     except ConnectionError:
         raise
     except Exception:  # noqa: BLE001 - whatever it is, the caller gets an answer and the log the truth
@@ -101,7 +101,8 @@ class _MethodRefused(IsolatorError):
     title = "Method not allowed"
 
 
-def _of_http(error: web.HTTPException, request: web.Request) -> IsolatorError:
+def of_http(error: web.HTTPException, request: web.Request) -> IsolatorError:
+    """A refusal of aiohttp's own as one of ours."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = sorted(error.allowed_methods)
         return _MethodRefused(
@@ -130,7 +131,7 @@ class ApiServer:
         self._runner = web.AppRunner(
             build_application(parts),
             access_log=None,
-            logger=_http_log,
+            logger=HTTP_LOG,
             handle_signals=False,
             handler_cancellation=True,
             keepalive_timeout=parts.settings.request_timeout,

@@ -18,6 +18,7 @@ from isolator.api.metrics import CONTENT_TYPE
 from isolator.api.parts import PARTS, Parts
 from isolator.api.wire import json_answer, query_flag, query_number, query_text
 from isolator.audit.reading import Query, find, moment_text, verify
+from isolator.model.agent import timestamp
 from isolator.model.errors import BadRequest, TooMany
 from isolator.model.identity import Principal
 
@@ -100,6 +101,8 @@ async def metrics(request: web.Request) -> web.StreamResponse:
     for state, count in counts.items():
         parts.metrics.agents.labels(state).set(count)
     parts.metrics.teams.set(len(parts.teams.all()))
+    parts.metrics.pool_boxes.set(len(parts.pool.overview()))
+    parts.metrics.count_claims(parts.pool.claims)
     parts.metrics.engine_up.set(int(parts.engine_up()))
     return web.Response(body=parts.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
@@ -107,6 +110,26 @@ async def metrics(request: web.Request) -> web.StreamResponse:
 async def list_images(request: web.Request) -> web.StreamResponse:
     """GET /v1/images."""
     return json_answer({"items": await request.app[PARTS].images.overview(), "next": None})
+
+
+async def list_pool(request: web.Request) -> web.StreamResponse:
+    """GET /v1/pool: boxes that wait for an agent, of the caller's teams."""
+    parts = request.app[PARTS]
+    mine = {team.id for team in parts.teams.visible(caller_of(request))}
+    items = [
+        {
+            "id": ready.spec.agent,
+            "team": profile.team,
+            "profile": profile.key,
+            "image": profile.image,
+            "image_digest": profile.image_digest,
+            "created_at": timestamp(ready.made_at),
+            "container_id": ready.box.box_id,
+        }
+        for profile, ready in parts.pool.overview()
+        if profile.team in mine
+    ]
+    return json_answer({"items": items, "next": None})
 
 
 async def events(request: web.Request) -> web.StreamResponse:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pydantic
 from aiohttp import web
 
+from isolator.model import strict_json
 from isolator.model.errors import BadRequest, IsolatorError, TooLarge
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
@@ -33,12 +34,14 @@ def json_answer(body: Any, status: int = 200, headers: dict[str, str] | None = N
 
 
 def problem_answer(error: IsolatorError) -> web.Response:
-    """A problem+json response, with Retry-After where a retry makes sense and Allow where a method is not."""
+    """A problem+json response, with the headers that its case wants: Retry-After, Allow, Content-Range."""
     retry = error.fields.get("retry_after")
     allowed = error.fields.get("allowed")
     headers = {} if retry is None else {"Retry-After": str(retry)}
     if isinstance(allowed, list):
         headers["Allow"] = ", ".join(allowed)
+    if error.status == 416:
+        headers["Content-Range"] = f"bytes */{error.fields['size']}"
     return web.Response(
         body=json.dumps(error.problem()).encode(),
         status=error.status,
@@ -67,30 +70,24 @@ async def read_model(request: web.Request, model: type[Model], timeout: float) -
             f"The body is larger than {request.client_max_size} bytes.",
             limit=request.client_max_size,
         ) from error
+    return parse_model(body, model)
+
+
+def parse_model(body: bytes | str, model: type[Model]) -> Model:
+    """A text of strict JSON as `model`.
+
+    Raises:
+        BadRequest: `invalid_json`, `unknown_field`, `invalid_request`.
+    """
     try:
-        data = json.loads(body, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        data = strict_json.parse(body if isinstance(body, bytes) else body.encode())
     except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, _Refused) else "it does not parse"
+        reason = str(error) if isinstance(error, strict_json.AmbiguousJson) else "it does not parse"
         raise BadRequest("invalid_json", f"The body is not JSON: {reason}.") from error
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
         raise _explain(error) from error
-
-
-class _Refused(ValueError):
-    """JSON that parses but means two things."""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise _Refused("a member's name stands twice in one object")
-    return result
-
-
-def _no_constants(name: str) -> Any:
-    raise _Refused(f"{name} is no JSON number")
 
 
 def _explain(error: pydantic.ValidationError) -> BadRequest:

@@ -86,6 +86,15 @@ class AuditLog:
         """Note how an announced act ended: `done`, `failed`, `undone`."""
         await self._append("outcome", act, None, intent, {"result": result, **subject})
 
+    def outcome_later(self, intent: str, act: str, result: str, **subject: Any) -> None:
+        """As `outcome`, without waiting for the disk: a kill in the next moment may lose it, and the intent tells.
+
+        For acts that are many and whose end changes nothing that was promised. A log that can't be written refuses
+        the next intent.
+        """
+        if self._broken is None:
+            self._enqueue("outcome", act, None, intent, {"result": result, **subject})
+
     async def note(self, act: str, caller: Principal | None, **subject: Any) -> None:
         """Note what happened of itself (an exit, a refusal, a start of the daemon)."""
         await self._append("note", act, caller, secrets.token_hex(8), subject)
@@ -95,6 +104,11 @@ class AuditLog:
     ) -> None:
         if self._broken is not None:
             raise _unavailable(self._broken)
+        await asyncio.wrap_future(self._enqueue(kind, act, caller, number, subject))
+
+    def _enqueue(
+        self, kind: Kind, act: str, caller: Principal | None, number: str, subject: dict[str, Any]
+    ) -> Future[None]:
         record: dict[str, Any] = {
             "seq": 0,
             "time": timestamp(time.time()),
@@ -115,7 +129,7 @@ class AuditLog:
         # From here on it can't be cancelled: a caller who hangs up only stops waiting, the line is written.
         done.set_running_or_notify_cancel()
         self._queue.put((record, done))
-        await asyncio.wrap_future(done)
+        return done
 
     def _write_all(self) -> None:
         ended = False

@@ -44,6 +44,7 @@ class Box:
     created_at: float = 0.0
     started_at: float | None = None
     finished_at: float | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,9 @@ class Backend(Protocol):
 
     async def inspect(self, box_id: str) -> Box | None:
         """The box, or None if the engine has none such."""
+
+    async def rename(self, box_id: str, name: str) -> None:
+        """Give it the name people see; a box that is gone is fine."""
 
     async def kill(self, box_id: str) -> None:
         """End every process in it now; a box that has ended or is gone is fine."""

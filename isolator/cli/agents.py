@@ -39,6 +39,7 @@ def describe_state(agent: Agent) -> str:
 )
 @click.option("--session", "conversation", metavar="KEY", help="Only those of this session.")
 @click.option("-a", "--all", "removed", is_flag=True, help="Removed ones too.")
+@click.option("--pool", is_flag=True, help="Instead of agents, boxes that wait for one.")
 @click.option("-q", "--quiet", is_flag=True, help="Ids only.")
 @json_option
 @pass_session
@@ -48,9 +49,15 @@ def ps(
     state: str | None,
     conversation: str | None,
     removed: bool,
+    pool: bool,
     quiet: bool,
 ) -> None:
     """List agents."""
+    if pool:
+        if state or conversation or removed:
+            raise click.UsageError("--pool goes with --team and --quiet only: a box that waits has nothing else.")
+        _list_pool(session, team, quiet=quiet)
+        return
     with session.client() as client:
         agents = client.agents(team=team, state=state, session=conversation, removed=removed)
     if quiet and not session.json:
@@ -75,6 +82,22 @@ def ps(
         rows,
         flexible=(6, 5, 1, 2),
         empty="No agents. Start one: isolator spawn --team T -- COMMAND",
+    )
+
+
+def _list_pool(session: Session, team: str | None, *, quiet: bool) -> None:
+    with session.client() as client:
+        boxes = [box for box in client.pool() if team in (None, box.team)]
+    if quiet and not session.json:
+        for box in boxes:
+            click.echo(escape(box.id))
+        return
+    session.show_table(
+        {"items": [box.raw for box in boxes], "next": None},
+        ("ID", "TEAM", "PROFILE", "AGE", "IMAGE", "CONTAINER"),
+        [(box.id, box.team, box.profile, age(box.created_at), box.image, box.container_id[:12]) for box in boxes],
+        flexible=(4, 1),
+        empty="No boxes wait. The setting pool_depth says how many do, once a team has spawned an agent.",
     )
 
 
@@ -107,6 +130,7 @@ def _describe(agent: Agent) -> str:
             ("image", f"{agent.image} ({agent.image_digest})"),
             ("backend", agent.backend),
             ("container", agent.container_id),
+            ("box", "waited for it (warm)" if agent.raw.get("warm") else "was built for it (cold)"),
             ("pid", agent.pid),
             ("uid", agent.raw.get("uid")),
             ("network", agent.network),

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from isolator.cli.output import writer
+from isolator.cli.progress import ProgressLine
 from isolator.cli.session import OWN_FAILURE, note
 
 if TYPE_CHECKING:
@@ -99,21 +100,25 @@ def _copy(client: Client, agent: Agent) -> None:
     """The output, whole even over a broken connection: what was written already is passed over."""
     from isolator.client import ProblemError  # noqa: PLC0415 - loaded with the client anyway
 
-    write = writer("raw")
     written = {1: 0, 2: 0}
-
-    def once() -> None:
-        passed = dict(written)
-        with client.logs(agent.id, follow=True) as stream:
-            for number, data in stream:
-                fresh = data[min(passed[number], len(data)) :]
-                passed[number] -= len(data) - len(fresh)
-                if fresh:
-                    write(number, fresh)
-                    written[number] += len(fresh)
-
     try:
-        _patiently(client, once)
+        with ProgressLine(client, agent.id) as line:
+            write = line.around(writer("raw"))
+
+            def once() -> None:
+                passed = dict(written)
+                try:
+                    with client.logs(agent.id, follow=True) as stream:
+                        for number, data in stream:
+                            fresh = data[min(passed[number], len(data)) :]
+                            passed[number] -= len(data) - len(fresh)
+                            if fresh:
+                                write(number, fresh)
+                                written[number] += len(fresh)
+                finally:
+                    line.hide()  # what we say next stands on a line of its own
+
+            _patiently(client, once)
     except ProblemError as problem:
         note(f"isolator: no more of the output can be shown: {problem.detail}")
 

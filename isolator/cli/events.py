@@ -9,7 +9,7 @@ import click
 
 from isolator.cli.reference import AgentReference, TeamReference, find_agent
 from isolator.cli.session import Session, json_option, pass_session
-from isolator.cli.text import escape
+from isolator.cli.text import escape, progress
 
 if TYPE_CHECKING:
     from isolator.client import Event
@@ -33,8 +33,17 @@ def events(session: Session, after: int | None, follow: bool, team: str | None, 
 
 def _line(event: Event) -> str:
     where = "/".join(part for part in (event.team, event.agent) if part)
-    data = " ".join(f"{key}={_value(value)}" for key, value in event.data.items() if value is not None)
+    data = _data(event)
     return "  ".join(escape(part) for part in (str(event.id), event.time, event.type, where, data) if part)
+
+
+def _data(event: Event) -> str:
+    from isolator.client import Progress  # noqa: PLC0415 - loaded with the client anyway
+
+    told = Progress.from_answer(event.data) if event.type == "agent.progress" else None
+    if told is not None:
+        return progress(told.text, told.fraction, told.elapsed)
+    return " ".join(f"{key}={_value(value)}" for key, value in event.data.items() if value is not None)
 
 
 def _value(value: object) -> str:

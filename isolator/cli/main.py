@@ -4,7 +4,7 @@ A command's module is loaded when the command is called, so that `isolator ps` d
 `doctor` needs. The one-line helps stand here for the same reason.
 
 Exit codes: 0 done; 1 a check found something (`doctor`, `config check`, `audit verify`); 125 isolator's own
-failure, wrong usage included; 128+N ended by signal N; `spawn --wait` exits as the agent did.
+failure, wrong usage included; 128+N ended by signal N; `spawn --wait` exits as the agent did, `exec` as its command.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ _COMMANDS: Final = MappingProxyType(
         "info": ("info", "Show the daemon, its guarantees, and who you are to it."),
         "doctor": ("doctor", "Check this host: what is weak, what is broken, what to do."),
         "spawn": ("spawn", "Start an agent."),
+        "exec": ("exec", "Run a command in an agent's box, as if it ran here."),
         "ps": ("agents", "List agents."),
         "inspect": ("agents", "Show one agent and its receipt."),
         "logs": ("agents", "Show an agent's output."),
+        "send": ("messages", "Send a message to an agent."),
+        "messages": ("messages", "Show what an agent sends to its gateway."),
         "stop": ("agents", "Stop agents and remove their boxes."),
+        "cp": ("files", "Copy a file into, out of, or between agents' mounts."),
+        "ls": ("files", "List a folder in an agent's mounts."),
+        "top": ("top", "Show what running agents use, live."),
         "events": ("events", "Show what happens, as it happens."),
         "team": ("team", "Create, list and remove teams."),
         "image": ("image", "Build and list the agents' images."),
@@ -113,7 +119,7 @@ def _report(error: Exception, session: Session) -> int:
             f"isolator: {escape(problem['detail'], keep=chr(10))}" + (f" [{escape(hint)}]" if hint else ""),
             err=True,
         )
-    return OWN_FAILURE
+    return error.exit_code if isinstance(error, Failure) else OWN_FAILURE
 
 
 def _client_problem(error: Exception) -> dict[str, Any]:

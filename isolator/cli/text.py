@@ -124,6 +124,13 @@ def duration(seconds: float) -> str:
     return f"{whole // _DAY} d {whole % _DAY // _HOUR} h"
 
 
+def progress(text: str | None, fraction: float | None, elapsed: float | None) -> str:
+    """How far an agent says it is: `42% fetching pages (12 s)`; not escaped."""
+    done = "" if fraction is None else f"{int(min(max(fraction, 0.0), 1.0) * 100)}%"
+    took = "" if elapsed is None else f"({f'{elapsed:.0f} s' if elapsed < _MINUTE - 0.5 else duration(elapsed)})"
+    return " ".join(part for part in (done, text, took) if part)
+
+
 def age(moment: str | None) -> str:
     """How long ago an RFC 3339 time was; `-` for none, the text itself if it is no such time."""
     if not moment:

@@ -10,6 +10,7 @@ from isolator.client.answers import (
     Image,
     Info,
     NetworkMode,
+    PoolBox,
     Team,
 )
 from isolator.client.client import Client
@@ -23,13 +24,20 @@ from isolator.client.errors import (
     SocketNotFound,
     SocketUntrusted,
 )
+from isolator.client.execs import Exec, ExecStatus, RunResult
+from isolator.client.files import AgentFiles, FileInfo, FileList, FileStream
 from isolator.client.following import EventStream, LogStream
+from isolator.client.messages import Message, MessageStream
+from isolator.client.stats import AgentStats, AllStats, Progress, Use
 from isolator.client.streams import STDERR, STDOUT
 
 __all__ = [
     "STDERR",
     "STDOUT",
     "Agent",
+    "AgentFiles",
+    "AgentStats",
+    "AllStats",
     "AnswerInvalid",
     "AnswerTimeout",
     "AuditEntry",
@@ -38,16 +46,27 @@ __all__ = [
     "ConnectionLost",
     "Event",
     "EventStream",
+    "Exec",
+    "ExecStatus",
     "Exit",
+    "FileInfo",
+    "FileList",
+    "FileStream",
     "Guarantee",
     "Image",
     "Info",
     "IsolatorClientError",
     "LogStream",
+    "Message",
+    "MessageStream",
     "NetworkMode",
+    "PoolBox",
     "ProblemError",
+    "Progress",
+    "RunResult",
     "SocketDenied",
     "SocketNotFound",
     "SocketUntrusted",
     "Team",
+    "Use",
 ]

@@ -176,6 +176,25 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolBox:
+    """A box that waits for an agent, which will have its id. profile: what else it must be to get this one."""
+
+    id: str
+    team: str
+    profile: str
+    image: str
+    created_at: str
+    container_id: str
+    raw: dict[str, Any] = field(compare=False, repr=False)
+
+    @classmethod
+    def from_answer(cls, answer: Mapping[str, Any]) -> PoolBox:
+        """The box a JSON object tells."""
+        names = ("id", "team", "profile", "image", "created_at", "container_id")
+        return cls(**{name: str(answer.get(name) or "") for name in names}, raw=dict(answer))
+
+
+@dataclass(frozen=True, slots=True)
 class Info:
     """What the daemon says of itself.
 

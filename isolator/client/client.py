@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any, Final, Self, Unpack
 from urllib.parse import quote
 
-from isolator.client.answers import Agent, AuditEntry, AuditState, Image, Info, Team
+from isolator.client.answers import Agent, AuditEntry, AuditState, Image, Info, PoolBox, Team
 from isolator.client.errors import AnswerInvalid, AnswerTimeout, ProblemError
+from isolator.client.exec_calls import ExecCalls
+from isolator.client.execs import Exec
+from isolator.client.files import AgentFiles
 from isolator.client.following import EventStream, LogStream, Opened
 from isolator.client.location import find_socket
+from isolator.client.messages import MessageCalls, MessageStream
 from isolator.client.spawning import Options, spawn_body
+from isolator.client.stats import AgentStats, AllStats
 from isolator.client.transport import Answer, open_stream, request
 
 # A spawn may wait for the network self-test and for the engine; the daemon bounds both (60 s each).
@@ -30,7 +35,7 @@ _SPARE: Final = 15.0
 _EVENTS_SILENCE: Final = 45.0
 
 
-class Client:
+class Client(ExecCalls, MessageCalls):
     """A client of one daemon. As a context manager it closes the streams that are still open.
 
     Every method raises SocketNotFound, SocketDenied, SocketUntrusted, ConnectionLost, AnswerTimeout,
@@ -46,7 +51,7 @@ class Client:
         """
         self.location = find_socket(socket)
         self.timeout = timeout
-        self._streams: weakref.WeakSet[LogStream | EventStream] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[LogStream | EventStream | Exec | MessageStream] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -219,6 +224,22 @@ class Client:
             self._streams.add(stream)
         return stream
 
+    def _keep(self, stream: Exec | MessageStream) -> None:
+        with self._lock:
+            self._streams.add(stream)
+
+    def files(self, agent: str) -> AgentFiles:
+        """The files in an agent's mounts, by its id: read, write, list, rename and so on."""
+        return AgentFiles(self, agent)
+
+    def stats(self, agent: str) -> AgentStats:
+        """What a running agent uses now, against its limits. ProblemError `agent_not_running` of one that does not."""
+        return AgentStats.from_answer(_object(self._call("GET", f"/v1/agents/{_quoted(agent)}/stats")))
+
+    def all_stats(self, *, team: str | None = None) -> AllStats:
+        """The same of all running agents you may see."""
+        return AllStats.from_answer(_object(self._call("GET", "/v1/stats", query={"team": team})))
+
     # what happened
 
     def events(
@@ -285,6 +306,10 @@ class Client:
         """Have the daemon check its whole audit log."""
         answer = self._call("POST", "/v1/audit/verify", timeout=SPAWN_TIMEOUT)
         return AuditState.from_answer(_object(answer))
+
+    def pool(self) -> list[PoolBox]:
+        """The boxes of your teams that wait for an agent."""
+        return [PoolBox.from_answer(item) for item in _items(self._call("GET", "/v1/pool"))]
 
     def images(self) -> list[Image]:
         """The pinned images, and whether the engine has each."""

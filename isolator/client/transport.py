@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self
 from urllib.parse import urlencode
 
 from isolator.client.errors import (
@@ -35,6 +35,7 @@ from isolator.client.location import Location
 CONNECT_TIMEOUT: Final = 5.0
 _QUEUE_FULL_PAUSE: Final = 0.02
 _PIECE: Final = 65536
+_SENT_AT_ONCE: Final = 1 << 20
 _LARGEST_ANSWER: Final = 64 << 20
 _OK: Final = 200
 _ERROR: Final = 300
@@ -50,7 +51,7 @@ class Answer:
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, location: Location, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
+        super().__init__("localhost", timeout=timeout, blocksize=_SENT_AT_ONCE)
         self._location = location
         # http.client forgets its own socket early, when the answer says that the connection closes.
         self.raw: socket.socket | None = None
@@ -158,6 +159,15 @@ class Stream:
                 self._connection.raw.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
+    def take_over(self) -> tuple[socket.socket, Stream, bytes]:
+        """After an upgrade: the connection, this to be closed with it, and what was read of it already."""
+        assert self._connection.raw is not None
+        # Without waiting, a look into what is buffered reads no more than there is.
+        self._connection.raw.settimeout(0)
+        early: bytes = self._response.fp.peek()
+        self._response.close()
+        return self._connection.raw, self, early
+
     def __enter__(self) -> Self:
         return self
 
@@ -173,6 +183,7 @@ def request(
     *,
     query: Mapping[str, Any] | None = None,
     body: Any = None,
+    content: bytes | IO[bytes] | None = None,
     headers: Mapping[str, str] | None = None,
     timeout: float,
     decode: bool = True,
@@ -185,17 +196,19 @@ def request(
         path: begins with a slash, already quoted.
         query: parameters; those that are None are left out, booleans become true and false.
         body: what to send as JSON, or None for no body.
+        content: bytes to send as they are, or an open file to send to its end, instead of `body`.
         headers: more of them.
-        timeout: seconds for the whole call, connecting aside.
+        timeout: seconds for the whole call, connecting and sending aside.
         decode: whether the body is JSON to be decoded.
 
     Raises:
         ProblemError: any status from 300 up.
         ConnectionLost, AnswerTimeout, AnswerInvalid, and those of `connect`.
     """
-    deadline = time.monotonic() + timeout
-    content = None if body is None else json.dumps(body).encode()
+    if body is not None:
+        content = json.dumps(body).encode()
     response, stream = open_stream(location, method, path, query=query, body=content, headers=headers, timeout=timeout)
+    deadline = time.monotonic() + timeout
     with stream:
         text = bytearray()
         for piece in stream:
@@ -215,7 +228,7 @@ def open_stream(
     path: str,
     *,
     query: Mapping[str, Any] | None = None,
-    body: bytes | None = None,
+    body: bytes | IO[bytes] | None = None,
     headers: Mapping[str, str] | None = None,
     timeout: float | None,
 ) -> tuple[http.client.HTTPResponse, Stream]:
@@ -225,11 +238,13 @@ def open_stream(
     has no half-open connections: the kernel tells at once when the other side is gone.
     """
     connection = _UnixConnection(location, timeout or CONNECT_TIMEOUT)
-    sent = {"Accept": "application/json, application/problem+json, */*;q=0.1", **(headers or {})}
+    sent = {"Accept": "application/json, application/problem+json, */*;q=0.1"}
     if body is not None:
         sent["Content-Type"] = "application/json"
     try:
-        connection.request(method, _address(path, query), body=body, headers=sent)
+        # A daemon that refuses a large body early does not read it to its end; its answer is there all the same.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request(method, _address(path, query), body=body, headers={**sent, **(headers or {})})
         response = connection.getresponse()
     except (OSError, http.client.HTTPException) as error:
         connection.close()

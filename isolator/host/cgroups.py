@@ -67,6 +67,48 @@ class Cgroup:
         quota, period = self.number("cpu", "cpu.cfs_quota_us"), self.number("cpu", "cpu.cfs_period_us")
         return quota / period if quota is not None and quota > 0 and period else None
 
+    def cpu_seconds(self) -> float | None:
+        """CPU time used so far."""
+        nanoseconds = self.number("cpuacct", "cpuacct.usage")
+        if nanoseconds is not None:
+            return nanoseconds / 1e9
+        microseconds = self.entry("cpu", "cpu.stat", "usage_usec")
+        return None if microseconds is None else microseconds / 1e6
+
+    def throttled_seconds(self) -> float | None:
+        """How long its threads were kept waiting for the cap on CPU."""
+        nanoseconds = self.entry("cpu", "cpu.stat", "throttled_time")
+        if nanoseconds is not None:
+            return nanoseconds / 1e9
+        microseconds = self.entry("cpu", "cpu.stat", "throttled_usec")
+        return None if microseconds is None else microseconds / 1e6
+
+    def memory_used(self) -> int | None:
+        """Bytes, without the file cache that the kernel drops first when it needs room; tmpfs counts."""
+        whole = self.number("memory", "memory.usage_in_bytes", "memory.current")
+        if whole is None:
+            return None
+        droppable = self.entry("memory", "memory.stat", "total_inactive_file")
+        if droppable is None:
+            droppable = self.entry("memory", "memory.stat", "inactive_file") or 0
+        return max(0, whole - droppable)
+
+    def memory_cap(self) -> int | None:
+        """Bytes it may use; None: no cap."""
+        return self.number("memory", "memory.limit_in_bytes", "memory.max")
+
+    def memory_peak(self) -> int | None:
+        """The most bytes it ever used, file cache included; older kernels with cgroup v2 don't say."""
+        return self.number("memory", "memory.max_usage_in_bytes", "memory.peak")
+
+    def oom_kills(self) -> int | None:
+        """How often the kernel killed for memory."""
+        for name in ("memory.oom_control", "memory.events"):
+            found = self.entry("memory", name, "oom_kill")
+            if found is not None:
+                return found
+        return None
+
 
 def check_limits(cgroup: Cgroup, limits: Limits) -> bool:
     """Compare the caps in the kernel's own files with what was asked: an engine may ignore what it was asked.
@@ -77,7 +119,7 @@ def check_limits(cgroup: Cgroup, limits: Limits) -> bool:
     Raises:
         BoxFailed: `box_mismatch`, naming the cap; also when it can't be read, for then it can't be promised.
     """
-    memory = cgroup.number("memory", "memory.limit_in_bytes", "memory.max")
+    memory = cgroup.memory_cap()
     if memory is None or memory > limits.memory:
         raise _mismatch("memory", memory, limits.memory)
     pids = cgroup.number("pids", "pids.max")
@@ -109,19 +151,9 @@ def has_swap() -> bool:
 
 def oom_kills(pid: int) -> int:
     """How often the kernel killed for memory in the process's cgroup; 0 where it can't be read."""
-    cgroup = Cgroup.of(pid)
-    for name in ("memory.oom_control", "memory.events"):
-        found = cgroup.entry("memory", name, "oom_kill")
-        if found is not None:
-            return found
-    return 0
+    return Cgroup.of(pid).oom_kills() or 0
 
 
 def cpu_seconds(pid: int) -> float | None:
     """CPU time the process's cgroup has used, seconds; None where it can't be read."""
-    cgroup = Cgroup.of(pid)
-    nanoseconds = cgroup.number("cpuacct", "cpuacct.usage")
-    if nanoseconds is not None:
-        return nanoseconds / 1e9
-    microseconds = cgroup.entry("cpu", "cpu.stat", "usage_usec")
-    return None if microseconds is None else microseconds / 1e6
+    return Cgroup.of(pid).cpu_seconds()

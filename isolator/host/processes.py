@@ -46,6 +46,14 @@ def is_init_of(pid: int, container_id: str) -> bool:
     return container_id in groups and len(innermost) > 1 and innermost[-1] == 1
 
 
+def is_in(pid: int, container_id: str) -> bool:
+    """Whether this host pid is a process of that container, by the kernel's word."""
+    try:
+        return container_id in Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return False
+
+
 def check_confinement(pid: int, spec: BoxSpec) -> None:
     """Compare what the kernel enforces on the box's PID 1 with what the spec says.
 

@@ -48,6 +48,9 @@ class Agent:
     exit: Exit | None = None
     receipt: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: tuple[dict[str, str], ...] = ()
+    warm: bool = False
+    box_digest: str | None = None
+    """Of a warm agent: the digest of the spec its box was made by, before it was this agent's."""
 
     def changed(self, **changes: Any) -> Agent:
         """A copy with these fields changed."""
@@ -98,7 +101,7 @@ class Agent:
             },
             "container_id": self.container_id,
             "pid": self.pid,
-            "warm": False,
+            "warm": self.warm,
             "warnings": list(self.warnings),
             "receipt": self.receipt,
         }

@@ -89,10 +89,14 @@ class BoxSpec:
     idle_ttl: float | None
     cleanup_grace: float
     labels: tuple[tuple[str, str], ...]
+    pool: str | None = None
+    """The profile's key, of a box that is made before its agent is known."""
 
     @property
     def box_name(self) -> str:
         """The name people see in `docker ps`: whose it is, and enough of the id to be unique."""
+        if self.pool is not None:
+            return f"openclaw-{self.team}-pool-{self.agent}"
         if self.name == self.agent:
             return f"openclaw-{self.team}-{self.agent}"
         return f"openclaw-{self.team}-{self.name}-{self.agent[:6]}"
@@ -100,7 +104,7 @@ class BoxSpec:
     def meaning(self) -> dict[str, Any]:
         """What the request meant, without what differs from one build of it to the next."""
         whole = plain(self)
-        for volatile in ("agent", "labels", "guest_source"):
+        for volatile in ("agent", "labels", "guest_source", "pool"):
             del whole[volatile]
         if self.name == self.agent:
             del whole["name"]

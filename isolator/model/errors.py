@@ -5,7 +5,10 @@
     ├── Forbidden           403  well-formed, but policy says no
     ├── NotFound            404  absent, or not the caller's to see (the two are told alike on purpose)
     ├── Conflict            409  true of something else already
+    ├── PreconditionFailed  412  not any more what the caller believes it to be
     ├── TooLarge            413  over a bound of size
+    ├── RangeRefused        416  a part of a file that is not there
+    ├── UpgradeRequired     426  a WebSocket's address, asked for as a page
     ├── TooMany             429  over a bound of number or rate
     ├── BoxFailed           502  the engine built something other than what was asked, or could not start it
     ├── Unavailable         503  a part isolator depends on does not answer now; a retry may work
@@ -79,11 +82,32 @@ class Conflict(IsolatorError):
     title = "Conflict"
 
 
+class PreconditionFailed(IsolatorError):
+    """Not any more what the caller believes it to be."""
+
+    status = 412
+    title = "Changed meanwhile"
+
+
 class TooLarge(IsolatorError):
     """Over a bound of size."""
 
     status = 413
     title = "Too large"
+
+
+class RangeRefused(IsolatorError):
+    """A part of a file that is not there."""
+
+    status = 416
+    title = "Range not satisfiable"
+
+
+class UpgradeRequired(IsolatorError):
+    """A WebSocket's address, asked for as a page."""
+
+    status = 426
+    title = "Upgrade required"
 
 
 class TooMany(IsolatorError):

@@ -100,6 +100,39 @@ class EnsureRequest(_Wire):
     create_team: bool = Field(True, description="Create the team if it does not exist.")
 
 
+class TerminalSize(_Wire):
+    """A terminal's columns and rows."""
+
+    width: Annotated[int, Field(ge=1, le=65535)] = Field(validation_alias=AliasChoices("width", "Width"))
+    height: Annotated[int, Field(ge=1, le=65535)] = Field(validation_alias=AliasChoices("height", "Height"))
+
+
+class CommandRequest(_Wire):
+    """One more command in a running agent's box."""
+
+    command: Annotated[list[Text], Field(min_length=1, max_length=MAX_COMMAND)] = Field(description="argv, no shell.")
+    env: Annotated[dict[str, Text], Field(max_length=MAX_ENVIRONMENT)] = Field(
+        default_factory=dict, description="Beside the agent's own environment."
+    )
+    cwd: Path | None = Field(None, description="Absolute; default: the agent's own.")
+    timeout: Number | None = Field(None, description="Seconds until all of it is killed.")
+    max_output: Size | None = Field(None, description="Bytes kept of each stream; what is more is dropped and told.")
+
+
+class RunRequest(CommandRequest):
+    """A command whose output is answered when it has ended."""
+
+    stdin: Annotated[str, Field(max_length=4 * 1024**2)] | None = Field(None, description="Base64.")
+
+
+class ExecRequest(CommandRequest):
+    """A command whose streams are passed while it runs: the first message of the exec WebSocket."""
+
+    tty: bool = False
+    stdin: bool = Field(True, description="false: it reads an end of file at once.")
+    size: TerminalSize | None = Field(None, description="The terminal's, with tty.")
+
+
 class SpawnRequest(EnsureRequest):
     """A spawn."""
 

@@ -79,7 +79,7 @@ def compile_box(
         image_digest=facts.image.digest,
         interpreter=facts.image.interpreter,
         guest_source=str(settings.runtime_dir / "agents" / facts.agent),
-        command=_command(request.command),
+        command=check_command(request.command),
         environment=_environment(request, facts, team.id, home),
         working_dir=home,
         uid=uid,
@@ -218,7 +218,12 @@ def _session(session: str | None) -> str | None:
     return session
 
 
-def _command(command: Sequence[str]) -> tuple[str, ...]:
+def check_command(command: Sequence[str]) -> tuple[str, ...]:
+    """The argv, unchanged.
+
+    Raises:
+        BadRequest: `command_invalid`, `command_too_long`.
+    """
     for argument in command:
         check_text(argument, "command_invalid", "An argument of the command")
     if command and not command[0]:

@@ -59,6 +59,19 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX agent_removal ON agent (removal) WHERE removal IS NOT NULL;
     CREATE INDEX agent_listing ON agent (created_at, id, state, team, session, owner);
     """,
+    # Messages for receivers that are not there. `number` is their order, and never that of another message.
+    """
+    CREATE TABLE mail (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        agent TEXT NOT NULL,
+        side TEXT NOT NULL,
+        id TEXT NOT NULL,
+        line BLOB NOT NULL,
+        expires_at REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX mail_queue ON mail (agent, side, number);
+    CREATE INDEX mail_expiry ON mail (expires_at);
+    """,
 )
 
 

@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from isolator.model.errors import Conflict, Unavailable
 from isolator.model.event import Event
 from isolator.model.team import Team
 from isolator.store.listing import HELD_STATES, PAGE_BYTES, Page, Place, Wanted, read_page
+from isolator.store.mail import Mail
 from isolator.store.records import load_agent
 from isolator.store.rows import prune_removed, write_agent
 from isolator.store.schema import migrate
@@ -38,6 +40,7 @@ class Store:
         self._connection = connection
         self._thread = thread
         self._events_kept = events_kept
+        self.mail = Mail(connection, self._run, self._transaction)
 
     @classmethod
     async def open(cls, path: Path, events_kept: int) -> Store:
@@ -135,14 +138,19 @@ class Store:
 
     # agents
 
-    async def add_agent(self, agent: Agent, key: tuple[str, str, str] | None = None) -> None:
-        """Add an agent, with its idempotency key (owner, key, digest of the request) if it has one.
+    async def add_agent(
+        self, agent: Agent, key: tuple[str, str, str] | None = None, event: Event | None = None
+    ) -> Event | None:
+        """Add an agent, with its idempotency key (owner, key, digest of the request) and an event if it has one.
+
+        Returns:
+            The event under its own number.
 
         Raises:
             Conflict: `name_taken`.
         """
 
-        def add() -> None:
+        def add() -> Event | None:
             try:
                 with self._transaction():
                     write_agent(self._connection, agent, insert=True)
@@ -152,6 +160,7 @@ class Store:
                             " VALUES (?, ?, ?, ?, ?)",
                             (*key, agent.id, time.time()),
                         )
+                    return None if event is None else self._append_event(event)
             except sqlite3.IntegrityError as error:
                 raise Conflict(
                     "name_taken",
@@ -159,7 +168,7 @@ class Store:
                     name=agent.spec.name,
                 ) from error
 
-        await self._run(add)
+        return await self._run(add)
 
     async def save_agent(self, agent: Agent) -> None:
         """Write an agent's record over the one that is there."""
@@ -236,19 +245,19 @@ class Store:
         self, kind: str, owner: str | None, team: str | None, agent: str | None, data: dict[str, Any]
     ) -> Event:
         """Append an event; the oldest go when there are too many."""
-        at = time.time()
+        event = Event(0, time.time(), kind, owner, team, agent, data)
+        return await self._run(lambda: self._append_event(event))
 
-        def add() -> int:
-            cursor = self._connection.execute(
-                "INSERT INTO event (at, type, owner, team, agent, data) VALUES (?, ?, ?, ?, ?, ?)",
-                (at, kind, owner, team, agent, json.dumps(data)),
-            )
-            number = int(cursor.lastrowid or 0)
-            if number % _PRUNE_EVERY == 0:
-                self._connection.execute("DELETE FROM event WHERE id <= ?", (number - self._events_kept,))
-            return number
-
-        return Event(await self._run(add), at, kind, owner, team, agent, data)
+    def _append_event(self, event: Event) -> Event:
+        """On the store's thread."""
+        cursor = self._connection.execute(
+            "INSERT INTO event (at, type, owner, team, agent, data) VALUES (?, ?, ?, ?, ?, ?)",
+            (event.at, event.type, event.owner, event.team, event.agent, json.dumps(event.data)),
+        )
+        number = int(cursor.lastrowid or 0)
+        if number % _PRUNE_EVERY == 0:
+            self._connection.execute("DELETE FROM event WHERE id <= ?", (number - self._events_kept,))
+        return replace(event, id=number)
 
     async def events_after(self, number: int, limit: int) -> list[Event]:
         """Events with a greater id, oldest first, at most `limit`."""

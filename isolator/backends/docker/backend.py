@@ -71,6 +71,11 @@ class DockerBackend:
             return None
         return _box_of_inspect(found)
 
+    async def rename(self, box_id: str, name: str) -> None:
+        """Give it the name people see."""
+        with contextlib.suppress(NotFound, Conflict):
+            await self.engine.call(lambda client: client.rename(box_id, name))
+
     async def kill(self, box_id: str) -> None:
         """SIGKILL to PID 1, and with it to all."""
         with contextlib.suppress(NotFound, Conflict):
@@ -174,4 +179,5 @@ def _box_of_list(item: dict[str, Any]) -> Box:
         spec=labels.get("isolator.spec", ""),
         state=_STATES.get(item.get("State", ""), "exited"),
         created_at=float(item.get("Created") or 0),
+        name=next(iter(item.get("Names") or ()), "").removeprefix("/"),
     )
