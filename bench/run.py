@@ -16,8 +16,8 @@ import d1_daemon
 import d2_growth
 import e1_run
 import e2_stream
-import m1_messages
 import e3_files
+import m1_messages
 import peer_opensandbox
 import profile_spawn
 import s1_cold_spawn

@@ -278,7 +278,8 @@ def test_a_spare_runner_that_was_ended_or_stopped_costs_one_exec_at_most(idle: t
         (spare,) = wait_for(lambda: runners(box), 5)
         os.kill(spare, end)
         if end == signal.SIGKILL:
-            wait_for(lambda: not runners(box), 5)
+            entry = Path(f"/proc/{spare}")
+            wait_for(lambda entry=entry: not entry.exists(), 5)  # reaped: the guest knows
     streams = link.execute(b"3", "/bin/true")  # its runner is stopped, so it never starts
     link.send(EXEC_KILL, b"3")
     assert [frame.kind for frame in link.until_gone(b"3")] == [EXEC_EXITED, EXEC_GONE]

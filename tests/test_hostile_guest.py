@@ -45,6 +45,7 @@ def hostile(daemon: RunningDaemon, switches: Path, request: pytest.FixtureReques
     (switches / "guest-hostile").touch()
     box = daemon.spawn(team="hostile", network="none", env={"TRICK": request.param})
     (switches / "guest-hostile").unlink()
+    assert "class Hostile" in (daemon.home / "run" / "agents" / box["id"] / "guest.py").read_text()
     yield box
     daemon.delete(f"/v1/agents/{box['id']}?grace=0")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -335,3 +337,22 @@ def test_a_new_image_is_used_at_once_and_the_old_ones_boxes_go(
     finally:
         lock.write_text(json.dumps(image_pins))
         engine.images.remove(rebuilt.id, force=True)
+
+
+def test_the_command_line_shows_what_waits(daemon: RunningDaemon, crew: str, kind: str) -> None:
+    (box,) = filled(daemon, kind)
+
+    def isolator(*arguments: str) -> str:
+        command = [sys.executable, "-m", "isolator", *arguments]
+        done = subprocess.run(command, env=daemon.environment(), capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout
+
+    table = isolator("ps", "--pool", "--team", crew).splitlines()
+    assert table[0].split() == ["ID", "TEAM", "PROFILE", "AGE", "IMAGE", "CONTAINER"]
+    assert any(line.split()[:3] == [box["id"], crew, kind] for line in table[1:])
+    assert box["id"] not in isolator("ps"), "it is no agent"
+    listed = json.loads(isolator("ps", "--pool", "--json"))["items"]
+    assert box in listed
+    assert box["id"] in isolator("ps", "--pool", "--quiet").split()
+    agent = claimed(daemon, "true", team=crew, workspace={"source": str(daemon.roots / "first")})
+    assert "waited for it (warm)" in isolator("inspect", agent["id"])

@@ -19,6 +19,7 @@ from isolator.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ROOT / "systemd"
 SERVICE = UNITS / "isolator.service"
+POOL = UNITS / "isolator-pool.conf"
 HIGHEST_EXPOSURE = 50  # tenths; a unit without any hardening has 96
 PRIVATE_MOUNTS = ROOT / "scripts/trial/private-mount-options.txt"
 
@@ -121,6 +122,18 @@ def test_privileges_are_the_documented_ones() -> None:
     assert unit["NoNewPrivileges"] == ["yes"]
     assert unit["AmbientCapabilities"] == [""]
     assert "User" not in unit
+
+
+def test_the_pools_drop_in_adds_what_entering_a_box_needs_and_no_more(analyze: str, units: Path) -> None:
+    drop_in = options(POOL)
+    assert drop_in == {"CapabilityBoundingSet": ["CAP_SYS_CHROOT"], "RestrictNamespaces": ["mnt"]}
+    assert "CAP_SYS_CHROOT" not in SERVICE.read_text(), "without a pool nobody needs it"
+    folder = units / "isolator.service.d"
+    folder.mkdir()
+    (folder / "pool.conf").write_text(POOL.read_text())
+    done = verify(analyze, units)
+    assert (done.returncode, [line for line in done.stderr.splitlines() if "isolator" in line]) == (0, [])
+    assert "isolator-pool.conf" in (ROOT / "docs/service.md").read_text()
 
 
 def test_agents_and_their_mounts_outlive_the_daemon() -> None:

@@ -116,7 +116,7 @@ class Claimer:
             self._lifecycle.schedule(live)
         if event is not None:
             self._events.tell(event)
-        self._rename(ready.box.box_id, spec.box_name)
+        self._rename(live)
         return live
 
     def _record_of(self, spec: BoxSpec, digest: str, ready: ReadyBox, held: Sequence[HeldFolder]) -> Agent:
@@ -173,17 +173,29 @@ class Claimer:
         await self._builder.demolish(ready.spec, ready.channel, ready.box.box_id)
         await self._lifecycle.drop(live.record.id)
 
-    def _rename(self, box_id: str, name: str) -> None:
+    def _rename(self, live: LiveAgent) -> None:
         """`docker ps` shows whose it is now. Nobody waits for it: the labels said so from the start."""
 
         async def rename() -> None:
             # A call to the engine takes longer than the whole claim, and would hold up the answer to it.
             await asyncio.sleep(_RENAME_AFTER)
-            try:
-                await self._backend.rename(box_id, name)
-            except IsolatorError as error:
-                _log.warning("the box %s keeps its pool's name: %s", box_id[:12], error)
+            await rename_box(self._backend, live)
 
         task = asyncio.create_task(rename())
         self._renaming.add(task)
         task.add_done_callback(self._renaming.discard)
+
+
+async def rename_box(backend: Backend, live: LiveAgent) -> None:
+    """Give a claimed box its agent's name.
+
+    Under the agent's lock, as every removal: an engine that renames a container while it removes it lists it for ever.
+    """
+    async with live.lock:
+        record = live.record
+        if record.state != "running" or record.container_id is None:
+            return
+        try:
+            await uninterrupted(backend.rename(record.container_id, record.spec.box_name))
+        except IsolatorError as error:
+            _log.warning("the box of agent %s keeps its pool's name: %s", record.id, error)

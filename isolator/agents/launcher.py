@@ -224,6 +224,8 @@ class Launcher:
         if not request.secrets:
             return ()
         places = (self._settings.secret_dir, self._host.credentials)
+        if all(secret.value is not None for secret in request.secrets):
+            return collect_secrets(request.secrets, spec.secrets, caller, *places)  # no file is read
         return await asyncio.to_thread(collect_secrets, request.secrets, spec.secrets, caller, *places)
 
     def _may_claim(self, spec: BoxSpec) -> bool:

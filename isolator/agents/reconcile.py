@@ -8,13 +8,13 @@ containers, networks, staged mounts, sockets. It runs beside the API, never befo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from isolator.agents.builder import BoxBuilder
+from isolator.agents.claimer import rename_box
 from isolator.agents.events import EventHub
 from isolator.agents.lifecycle import Lifecycle
 from isolator.agents.teams import Teams
@@ -182,9 +182,7 @@ class Reconciler:
         elif record.state == "running":
             findings.adopted += 1
             if box is not None and record.warm and box.name != record.spec.box_name:
-                # Claimed in the moment its daemon was killed. One that is being renamed just now is refused a second.
-                with contextlib.suppress(IsolatorError):
-                    await self._backend.rename(box.id, record.spec.box_name)
+                await rename_box(self._backend, live)  # it was claimed in the moment its daemon was killed
 
     async def _remove_orphans(self, boxes: list[Box], findings: Findings) -> None:
         for box in boxes:

@@ -243,6 +243,7 @@ def spawn(command: list[bytes], environment: dict[bytes, bytes], files: list[tup
     told = 2
     for place in places:
         try:
+            posix.stat(place)  # a fork for each folder that does not hold it would take longer than all else
             return posix.posix_spawn(
                 place,
                 command,

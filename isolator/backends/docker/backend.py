@@ -72,9 +72,14 @@ class DockerBackend:
         return _box_of_inspect(found)
 
     async def rename(self, box_id: str, name: str) -> None:
-        """Give it the name people see."""
+        """Give it the name people see; one that has it already is fine."""
+
+        def rename(client: docker.APIClient) -> None:
+            if client.inspect_container(box_id)["Name"] != f"/{name}":
+                client.rename(box_id, name)
+
         with contextlib.suppress(NotFound, Conflict):
-            await self.engine.call(lambda client: client.rename(box_id, name))
+            await self.engine.call(rename)
 
     async def kill(self, box_id: str) -> None:
         """SIGKILL to PID 1, and with it to all."""
