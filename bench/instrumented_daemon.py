@@ -39,7 +39,6 @@ STEPS = (
     ("isolator.audit.log", "AuditLog", "intent"),
     ("isolator.audit.log", "AuditLog", "outcome"),
     ("isolator.audit.log", "AuditLog", "_write"),
-    ("isolator.store.store", "Store", "count_live"),
     ("isolator.store.store", "Store", "add_agent"),
     ("isolator.store.store", "Store", "save_agent"),
     ("isolator.store.store", "Store", "add_event"),

@@ -18,7 +18,7 @@ from isolator.model.errors import IsolatorError
 from isolator.model.identity import Principal
 from isolator.model.image import ImageFacts
 from isolator.model.request import EnsureRequest
-from isolator.policy.blank import Profile, bare_request, blank_of, profile_of
+from isolator.policy.blank import Profile, bare_request, blank_of, profile_of, under
 from isolator.policy.compile import compile_box
 from isolator.policy.mounts import plan_mounts
 
@@ -92,6 +92,21 @@ def test_equal_profiles_differ_only_in_what_is_handed_over(
 
 
 @MANY
+@given(strategies.requests(), strategies.CALLERS)
+def test_a_spec_under_another_id_is_what_would_have_been_compiled_under_it(
+    request: EnsureRequest, caller: Principal
+) -> None:
+    try:
+        mounts = strategies.opened(plan_mounts(request, ROOTS, OWN), caller.uid, caller.gid)
+        team, facts = strategies.team("uid:1000"), strategies.facts(mounts, IMAGE)
+        one = compile_box(request, None, caller, team, facts, SETTINGS)
+    except IsolatorError:
+        assume(False)
+    other = compile_box(request, None, caller, team, replace(facts, agent=BLANK_ID), SETTINGS)
+    assert under(BLANK_ID, one) == other != one
+    assert under(one.agent, other) == one
+
+
 @given(
     st.text(st.characters(codec="ascii", categories=["L"]), min_size=12, max_size=20),
     st.sampled_from(["env", "command", "session", "secret", "value"]),

@@ -143,15 +143,6 @@ async def test_agents_are_found_by_all_that_is_given(store: Store) -> None:
     assert await found(states=()) == []
 
 
-async def test_an_agent_counts_as_alive_until_it_is_removed(store: Store) -> None:
-    states = ("creating", "running", "stopping", "exited", "lost", "removed")
-    for number, state in enumerate(states):
-        await store.add_agent(agent(number, state))
-    assert await store.count_live() == 5
-    await store.save_agent(agent(3, "removed"))
-    assert await store.count_live() == 4
-
-
 async def test_old_records_are_pruned_and_living_ones_never(store: Store) -> None:
     for number in range(10):
         await store.add_agent(agent(number, "removed" if number < 8 else "running"))

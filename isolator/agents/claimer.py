@@ -32,6 +32,7 @@ from isolator.model.box import BoxSpec
 from isolator.model.errors import BoxFailed, IsolatorError
 from isolator.model.event import Event
 from isolator.model.identity import Principal
+from isolator.policy.blank import under
 from isolator.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -75,37 +76,40 @@ class Claimer:
     async def claim(
         self,
         ready: ReadyBox,
-        under: Callable[[str], BoxSpec],
+        planned: BoxSpec,
         held: Sequence[HeldFolder],
         secrets: Secrets,
         caller: Principal,
         key: tuple[str, str, str] | None,
     ) -> LiveAgent:
-        """The running agent, recorded and on disk. `under`: its spec, compiled under the box's id.
+        """The running agent, recorded and on disk. `planned`: its spec, under an id that is given up for the box's.
 
         Raises:
             BoxSpoiled: nothing is left; a box can be built instead.
             IsolatorError: a refusal or failure that a built box would meet too; nothing is left.
         """
+        # The engine can't change labels: what is on the box is what it was made with.
+        spec = replace(under(ready.spec.agent, planned), labels=ready.spec.labels)
+        record = self._record_of(spec, dict(planned.labels)["isolator.spec"], ready, held)
+        subject = {"team": spec.team, "agent": spec.agent}
+        summary = summary_of(spec, record.spec_digest)
+        # While the disk is waited for: nothing of the agent's runs in the box yet, and without an intent it is gone.
+        placing = asyncio.ensure_future(self._placer.place(spec, held, ready.box.pid, ready.box.box_id))
         try:
-            # The engine can't change labels: what is on the box is what it was made with.
-            compiled = under(ready.spec.agent)
-            spec = replace(compiled, labels=ready.spec.labels)
-            record = self._record_of(spec, dict(compiled.labels)["isolator.spec"], ready, held)
-            subject = {"team": spec.team, "agent": spec.agent}
-            summary = summary_of(spec, record.spec_digest)
             intent = await self._audit.intent("agent.spawn", caller, **subject, **summary, warm=True)
         except BaseException:
+            await uninterrupted(asyncio.wait({placing}))
             await uninterrupted(self._builder.demolish(ready.spec, ready.channel, ready.box.box_id))
             raise
         live, result = LiveAgent(record), "failed"
         async with live.lock:
             try:
-                await self._become(live, ready, held, secrets)
+                await self._become(live, ready, placing, secrets)
                 # What is noted as done, and then can't be kept, was undone.
                 result = "undone"
                 event = await self._note(live.record, intent, key)
             except BaseException as error:
+                await uninterrupted(asyncio.wait({placing}))
                 await uninterrupted(self._take_back(live, ready))
                 code = error.code if isinstance(error, IsolatorError) else type(error).__name__
                 await uninterrupted(self._audit.outcome(intent, "agent.spawn", result, **subject, code=code))
@@ -149,11 +153,11 @@ class Claimer:
                 raise result
         return event  # type: ignore[return-value]
 
-    async def _become(self, live: LiveAgent, ready: ReadyBox, held: Sequence[HeldFolder], secrets: Secrets) -> None:
+    async def _become(self, live: LiveAgent, ready: ReadyBox, placing: asyncio.Future[None], secrets: Secrets) -> None:
         record, spec, box = live.record, live.record.spec, ready.box
         self._lifecycle.hearing.attach(live, ready.channel)
         self._lifecycle.hold(live)
-        await self._placer.place(spec, held, box.pid, box.box_id)
+        await uninterrupted(placing)
         check_confinement(box.pid, spec)
         check_mounts_inside(spec, box.pid)
         release = Release(secrets, spec.command, spec.environment, spec.working_dir)

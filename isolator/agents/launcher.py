@@ -61,11 +61,10 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compiled spawn: the spec, the descriptors of its mounts, and what the spec would be under another id."""
+    """A compiled spawn: the spec, the descriptors of its mounts, and what its kind's blanks would be."""
 
     spec: BoxSpec
     held: list[HeldFolder]
-    under: Callable[[str], BoxSpec]
     blank: Callable[[Profile], Blank]
 
 
@@ -135,7 +134,7 @@ class Launcher:
                         await self._proof.require(self._settings.network_proof_timeout)
                     await self._realise(team, caller)
                     async with self._teams.using(team.id):
-                        await self._refuse_too_many(plan.spec)
+                        self._refuse_too_many(plan.spec)
                         live = await self._claim(plan, secrets, caller, key)
                         if live is None:
                             live = await self._build(plan.spec, plan.held, secrets, caller, key)
@@ -196,9 +195,6 @@ class Launcher:
                 daemon=self._host.daemon,
             )
 
-            def under(other: str) -> BoxSpec:
-                return compile_box(request, name, caller, team, replace(facts, agent=other), self._settings)
-
             def blank(profile: Profile) -> Blank:
                 bare, bare_facts = bare_request(profile), replace(facts, mounts=())
 
@@ -208,7 +204,7 @@ class Launcher:
 
                 return make
 
-            return Plan(under(agent_id), held, under, blank)
+            return Plan(compile_box(request, name, caller, team, facts, self._settings), held, blank)
         except BaseException:
             close_all(held)
             raise
@@ -236,7 +232,7 @@ class Launcher:
         ready = self._pool.take(plan.spec) if self._may_claim(plan.spec) else None
         if ready is not None:
             try:
-                live = await self._claimer.claim(ready, plan.under, plan.held, secrets, caller, key)
+                live = await self._claimer.claim(ready, plan.spec, plan.held, secrets, caller, key)
             except BoxSpoiled as error:
                 _log.warning("a waiting box of team %s was of no use, one is built: %s", plan.spec.team, error)
             else:
@@ -294,15 +290,16 @@ class Launcher:
             self._lifecycle.schedule(live)
         return live
 
-    async def _refuse_too_many(self, spec: BoxSpec) -> None:
-        if await self._store.count_live() >= self._settings.max_agents:
+    def _refuse_too_many(self, spec: BoxSpec) -> None:
+        live = self._lifecycle.live()
+        if len(live) >= self._settings.max_agents:
             raise TooMany(
                 "agents_exhausted",
                 f"{self._settings.max_agents} agents are held, those that wait for their cleanup included, which is"
                 " the most. Stop some.",
             )
         # By their number alone, agents with the longest commands and environments could outgrow the daemon's memory.
-        held = weight_of(spec) + sum(live.weight for live in self._lifecycle.live())
+        held = weight_of(spec) + sum(each.weight for each in live)
         if held > _MOST_HELD:
             raise TooMany(
                 "agents_exhausted",

@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 
-from isolator.model.box import WORKSPACE, BoxSpec, plain
+from isolator.model.box import WORKSPACE, BoxMount, BoxSpec, plain
 from isolator.model.limits import Limits
 from isolator.model.request import EnsureRequest, LimitsRequest
 
@@ -93,3 +93,27 @@ def blank_of(bare: BoxSpec, profile: Profile) -> BoxSpec:
     labels = {**dict(blank.labels), "isolator.pool": profile.key, "isolator.expires": "never"}
     labels["isolator.spec"] = blank.digest()
     return replace(blank, labels=tuple(sorted(labels.items())))
+
+
+def under(agent: str, spec: BoxSpec) -> BoxSpec:
+    """The spec as it would have been compiled under another id. Only for one without a name of its own."""
+    ids = {"openclaw.agent": agent, "openclaw.name": agent}
+    return replace(
+        spec,
+        agent=agent,
+        name=agent,
+        hostname=agent,
+        guest_source=_renamed(spec.guest_source, agent),
+        environment=tuple((name, agent if name == "ISOLATOR_AGENT" else value) for name, value in spec.environment),
+        mounts=tuple(_moved(mount, agent) for mount in spec.mounts),
+        labels=tuple((name, ids.get(name, value)) for name, value in spec.labels),
+    )
+
+
+def _renamed(path: str, name: str) -> str:
+    return f"{path.rpartition('/')[0]}/{name}"
+
+
+def _moved(mount: BoxMount, agent: str) -> BoxMount:
+    folder, _, number = mount.staged.rpartition("/")
+    return replace(mount, staged=f"{_renamed(folder, agent)}/{number}")

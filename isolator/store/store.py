@@ -21,7 +21,7 @@ from isolator.model.agent import Agent, State
 from isolator.model.errors import Conflict, Unavailable
 from isolator.model.event import Event
 from isolator.model.team import Team
-from isolator.store.listing import HELD_STATES, PAGE_BYTES, Page, Place, Wanted, read_page
+from isolator.store.listing import PAGE_BYTES, Page, Place, Wanted, read_page
 from isolator.store.mail import Mail
 from isolator.store.records import load_agent
 from isolator.store.rows import prune_removed, write_agent
@@ -213,13 +213,6 @@ class Store:
     ) -> Page:
         """At most `limit` of the agents wanted, oldest first, from a place on; fewer where their records are large."""
         return await self._run(lambda: read_page(self._connection, wanted, after, limit, most_bytes))
-
-    async def count_live(self) -> int:
-        """How many agents are alive, that is: not removed. One that has ended still has its box, logs and record."""
-        marks = ",".join("?" * len(HELD_STATES))
-        statement = f"SELECT count(*) FROM agent WHERE state IN ({marks})"  # noqa: S608 - only question marks
-        row = await self._run(lambda: self._connection.execute(statement, HELD_STATES).fetchone())
-        return int(row[0])
 
     async def idempotent(self, owner: str, key: str) -> tuple[str, str] | None:
         """(digest of the request, agent id) of an earlier spawn under this key."""

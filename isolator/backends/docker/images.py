@@ -25,6 +25,15 @@ _OUR_PYTHON = "/usr/bin/python3"
 _EXPORT_SILENCE = 300.0
 
 
+def _traits(path: Path) -> tuple[int, ...]:
+    """What changes when a file or who may change it does."""
+    file, folder = path.lstat(), path.parent.stat()
+    return (
+        *(file.st_dev, file.st_ino, file.st_mtime_ns, file.st_ctime_ns, file.st_size),
+        *(folder.st_ino, folder.st_uid, folder.st_mode),
+    )
+
+
 class ImageResolver:
     """Names to digests, on one engine. What was checked of a digest is kept: digests do not change."""
 
@@ -34,6 +43,8 @@ class ImageResolver:
         self._lock = lock
         self._allowed = frozenset(allowed)
         self._known: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {}
+        # The pins as read last, and what the file and its folder were then.
+        self._read: tuple[tuple[int, ...], dict[str, str]] | None = None
         self._checks = _ContentChecks(engine)
 
     def pins(self) -> dict[str, str]:
@@ -42,7 +53,13 @@ class ImageResolver:
         Raises:
             Forbidden: `image_lock_unsafe`. BadRequest: `image_lock_invalid`.
         """
-        return read_lock(self._lock)
+        try:
+            seen = _traits(self._lock)
+        except OSError:
+            return read_lock(self._lock)  # which knows what to say of it
+        if self._read is None or self._read[0] != seen:
+            self._read = seen, read_lock(self._lock)
+        return self._read[1]
 
     async def resolve(self, reference: str) -> ImageFacts:
         """The image a spawn names.
