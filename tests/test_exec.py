@@ -253,11 +253,14 @@ def test_a_full_box_says_so_and_is_well_again_with_room(daemon: RunningDaemon) -
     box = daemon.spawn(team=team(daemon), network="none", limits={"pids": 8})
     path = f"/v1/agents/{box['id']}/run"
     held = []
-    for _ in range(8):
+    # The guest, and for each exec its runner and its process; the eighth place is a runner's that can start nothing.
+    for processes in (3, 5, 7):
         connection = UnixConnection(daemon.socket)
         connection.request("POST", path, json.dumps({"command": ["sleep", "604"]}))
         held.append(connection)
-    wait_for(lambda: daemon.post(path, {"command": ["true"]}).status == 429, 10)
+        stats = f"/v1/agents/{box['id']}/stats"
+        wait_for(lambda wanted=processes, stats=stats: daemon.get(stats).json["pids"]["used"] == wanted, 10)
+    assert_problem(daemon.post(path, {"command": ["true"]}), 429, "box_full")
     assert assert_problem(daemon.post(path, {"command": ["true"]}), 429, "box_full")["retry_after"] == 1
     for connection in held:
         connection.close()

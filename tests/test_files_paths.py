@@ -1,8 +1,13 @@
-"""From text to names and back, without a kernel: paths, ranges, times."""
+"""From text to names and back, without a box: paths, ranges, times; and a copy's end."""
 
 from __future__ import annotations
 
 import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +17,8 @@ from isolator.api.download import wanted_range
 from isolator.files.facts import FileFacts, moment
 from isolator.files.paths import MOST_NAME, MOST_PATH, locate, parse_absolute, parse_path, path_text, quote_path
 from isolator.files.refusals import refusing
+from isolator.files.roots import Target
+from isolator.files.writing import Commits, Copy, WriteOptions
 from isolator.model.box import BoxMount
 from isolator.model.errors import BadRequest, Forbidden, IsolatorError, RangeRefused
 
@@ -130,3 +137,29 @@ def test_every_error_of_the_kernel_has_a_code(number: int) -> None:
     with pytest.raises(IsolatorError) as caught, refusing("/workspace/x"):
         raise OSError(number, "told by the kernel")
     assert caught.value.status in (400, 403, 404, 409, 413, 429, 503)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes a box's identity, which only root may")
+def test_a_copy_of_a_file_that_grows_as_fast_as_it_is_copied_has_an_end(tmp_path: Path) -> None:
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    facts = folder.stat()
+    here = replace(mount(str(folder)), device=facts.st_dev, inode=facts.st_ino)
+    agent: Any = SimpleNamespace(id="a", pid=os.getpid(), spec=SimpleNamespace(uid=0, gid=0))
+    names = parse_absolute(quote_path((*str(folder).strip("/").encode().split(b"/"), b"log")))
+    source = Target(agent, locate(names, [here]))
+    copy = Target(agent, locate((*names[:-1], b"copy"), [here]))
+    log = folder / "log"
+    log.write_bytes(b"all there is")
+    copying = Copy(source, copy, WriteOptions(), Commits())
+    steps = 0
+    with log.open("ab") as growing:
+        growing.write(b", and more")
+        growing.flush()
+        while copying.step() and steps < 10:
+            steps += 1
+            growing.write(b", and more")
+            growing.flush()
+    copying.commit()
+    copying.abort()
+    assert (folder / "copy").read_bytes() == b"all there is"

@@ -99,6 +99,33 @@ async def served(request: pytest.FixtureRequest) -> AsyncIterator[Served]:
         await store.close()
 
 
+# removal
+
+
+@pytest.mark.parametrize("disk", ["fine", "refuses"])
+async def test_one_that_is_removed_is_found_by_nobody_who_comes_meanwhile(
+    served: Served, monkeypatch: pytest.MonkeyPatch, disk: str
+) -> None:
+    record = numbered(1)
+    await served.store.add_agent(record)
+    live = LiveAgent(record)
+    served.lifecycle.hold(live)
+    found: list[object] = []
+
+    async def prune(_: int) -> None:
+        found.append(served.lifecycle.find(record.id))
+        if disk == "refuses":
+            raise Unavailable("store_unavailable", "The disk is full.")
+
+    monkeypatch.setattr(served.store, "prune", prune)
+    removed = await served.lifecycle.stop(live, None, 0)
+    assert removed.state == "removed"
+    assert found == [None], "who found it now, would wait for its end for ever"
+    assert served.lifecycle.live() == []
+    assert live.ended.is_set()
+    assert [event.type for event in await served.store.events_after(0, 10)] == ["agent.removed"]
+
+
 # the API
 
 

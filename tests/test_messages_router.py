@@ -312,6 +312,31 @@ async def test_a_disk_that_refuses_is_told_and_nothing_is_counted(tmp_path: Path
         await until(lambda: states == ["queued"])
 
 
+async def test_a_disk_that_refuses_is_asked_again_at_its_pace_not_at_the_senders(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("isolator.messages.mailroom._RETRY", 0.3)
+    asked = 0
+
+    async def refuse(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+        raise Unavailable("store_unavailable", "The disk is full.")
+
+    async with world(tmp_path, "aa", "bb") as post:
+        post.say("aa", "bb", 0)
+        await until(lambda: not post.router.mailroom._is_writing)
+        monkeypatch.setattr(post.store.mail, "take", refuse)
+        ear = post.ear("bb")
+        for number in range(1, 50):
+            _, states = post.say("aa", "bb", number)
+            await until(lambda states=states: states == ["queued"])
+        assert asked <= 2
+        monkeypatch.undo()
+        await until(lambda: len(ear.heard) == 32)
+        assert ear.bodies == list(range(32))
+
+
 @pytest.mark.parametrize(
     ("body", "error"),
     [("x" * 300_000, TooLarge), (float("inf"), BadRequest), ("\ud800", BadRequest), ({"a": "\udfff"}, BadRequest)],

@@ -417,6 +417,17 @@ async def test_http_refusals(tmp_path: Path, method: str, path: str, body: Any, 
         assert headers["content-type"].startswith("application/problem+json")
 
 
+async def test_a_body_in_chunks_has_its_price_as_well(tmp_path: Path) -> None:
+    async with lobby(tmp_path, "aa", bounds=replace(Bounds(), rate=10.0)) as hall:
+        body = json.dumps(note("aa", "x" * 200_000)).encode()
+        head = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        callers = [hall.call("aa") for _ in range(3)]
+        for caller in callers:
+            await caller.send_bytes(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        answers = [await caller.to_end() for caller in callers]
+        assert sum(b" 429 " in answer for answer in answers) == 2, "a burst is twenty, and one of these counts as 17"
+
+
 async def test_a_full_mailbox_is_told_in_both_tongues(tmp_path: Path) -> None:
     async with lobby(tmp_path, "aa", bounds=replace(Bounds(), mailbox_messages=1)) as hall:
         caller = hall.call("aa")

@@ -212,6 +212,17 @@ async def test_event_numbers_grow_and_are_never_given_twice(tmp_path: Path) -> N
     await again.close()
 
 
+async def test_what_agents_say_of_themselves_pushes_out_no_other_event(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "isolator.db", events_kept=100)
+    await store.add_event("agent.exited", "uid:1000", "crew", None, {})
+    for _ in range(600):
+        await store.add_event("agent.progress", "uid:1001", "loud", None, {})
+    kept = [event.type for event in await store.events_after(0, 10_000)]
+    assert kept[0] == "agent.exited"
+    assert 100 <= len(kept) - 1 <= 100 + 256
+    await store.close()
+
+
 def forget_events(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("DELETE FROM event")

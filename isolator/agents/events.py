@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from isolator.model.event import Event
+from isolator.model.event import PROGRESS, Event
 from isolator.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class EventHub:
 
     def tell(self, event: Event) -> None:
         """Tell of an event that is stored."""
-        _log.info("%s team=%s agent=%s %s", event.type, event.team, event.agent, event.data)
+        level = logging.DEBUG if event.type == PROGRESS else logging.INFO  # a box must not fill the log
+        _log.log(level, "%s team=%s agent=%s %s", event.type, event.team, event.agent, event.data)
         news, self._news = self._news, asyncio.Event()
         news.set()
 

@@ -329,10 +329,14 @@ class Lifecycle:
         ending = record.exit or self._removed_exit(live)
         finished = record.finished_at or time.time()
         await self._become(live, state="removed", exit=ending, finished_at=finished, pid=None)
-        self.hearing.on_removed(record.id)
-        await self._store.prune(self._records_kept)
+        # At once, before anything waits: nobody may find it and wait for an end that was told already.
         self._live.pop(record.id, None)
+        self.hearing.on_removed(record.id)
         live.ended.set()
+        try:
+            await self._store.prune(self._records_kept)
+        except IsolatorError as error:
+            _log.warning("old records can't be dropped yet: %s", error)
         await self._tell(live.record, "agent.removed", reason=ending.reason)
 
     @staticmethod

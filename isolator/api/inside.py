@@ -74,7 +74,7 @@ class InsideServer:
     @web.middleware
     async def _answer_problems(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            wait = self._agents[request.protocol][1].take(request.content_length or 0)
+            wait = self._agents[request.protocol][1].take(self._size(request))
             if wait:
                 # The refusal comes when asking again makes sense: whoever asks without pause is slowed down.
                 await asyncio.sleep(wait)
@@ -92,6 +92,12 @@ class InsideServer:
             response = problem_answer(Internal("internal_error", "isolator made a mistake; its log says more."))
         response.force_close()
         return response
+
+    def _size(self, request: web.Request) -> int:
+        """How much its body will be; of one that does not tell (in chunks), the most it may be."""
+        if request.content_length is not None:
+            return request.content_length
+        return self._router.bounds.message if request.body_exists else 0
 
     def _agent(self, request: web.Request) -> str:
         return self._agents[request.protocol][0]

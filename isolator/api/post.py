@@ -13,6 +13,7 @@ from isolator.messages.progress import Peer, ProgressDesk
 from isolator.messages.router import Router
 from isolator.messages.visitors import Visitors
 from isolator.model.agent import timestamp
+from isolator.model.event import PROGRESS
 from isolator.settings import Settings
 from isolator.store.store import Store
 
@@ -71,9 +72,7 @@ class Post:
             live.progress = {**report, "at": timestamp(time.time())}
 
     async def _tell_progress(self, peer: Peer, report: dict[str, Any]) -> None:
-        await self._events.publish(
-            "agent.progress", owner=peer.owner, team=peer.team, agent=peer.id, name=peer.name, **report
-        )
+        await self._events.publish(PROGRESS, owner=peer.owner, team=peer.team, agent=peer.id, name=peer.name, **report)
 
     async def _tell_dropped(self, agent: str, side: str, count: int) -> None:
         record = await self._store.agent(agent)

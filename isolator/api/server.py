@@ -78,7 +78,7 @@ async def _answer_problems(request: web.Request, handler: Handler) -> web.Stream
     except ConnectionError:
         raise
     except Exception:  # noqa: BLE001 - whatever it is, the caller gets an answer and the log the truth
-        _log.exception("%s %s failed", request.method, request.path)
+        _log.exception("%s %r failed", request.method, request.path)
         response = problem_answer(
             Internal("internal_error", "isolator made a mistake; its log says more. Nothing was acknowledged.")
         )

@@ -101,15 +101,16 @@ class Upload:
             while left:
                 left = left[os.write(self._descriptor, left) :]
 
-    def copy(self, source: int) -> int:
+    def copy(self, source: int, most: int) -> int:
         """Add a piece of another open file, from where that stands; how many bytes, 0 at its end."""
+        most = min(most, COPY_PIECE)
         with self._step():
             try:
-                return os.copy_file_range(source, self._descriptor, COPY_PIECE)
+                return os.copy_file_range(source, self._descriptor, most)
             except OSError as error:
                 if error.errno not in _NO_COPY:
                     raise
-            left = memoryview(data := os.read(source, COPY_PIECE))
+            left = memoryview(data := os.read(source, most))
             while left:
                 left = left[os.write(self._descriptor, left) :]
             return len(data)
@@ -212,6 +213,7 @@ class Copy:
             finally:
                 os.close(handle)
         try:
+            self._left = facts.st_size
             mode = stat.S_IMODE(facts.st_mode)
             copied = WriteOptions(mode, options.exclusive, options.parents, options.match)
             self._upload = Upload(target, copied, commits)
@@ -220,9 +222,11 @@ class Copy:
             raise
 
     def step(self) -> int:
-        """One piece more; 0 when all is there."""
+        """One piece more; 0 when all is there that was there at first: the agent may let it grow without end."""
         with self._lock:
-            return self._upload.copy(self._source)
+            done = self._upload.copy(self._source, self._left) if self._left else 0
+            self._left -= done
+        return done
 
     def commit(self) -> tuple[FileFacts, bool]:
         """As `Upload.commit`."""

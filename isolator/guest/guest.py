@@ -269,7 +269,7 @@ def outcome(status: int) -> tuple[bytes, bytes]:
 
 
 class Runner:
-    """The process behind one exec: starts it, reaps all that comes of it, and stays until nothing is left."""
+    """The process behind an exec: starts it, reaps all that comes of it, and is free again when nothing is left."""
 
     def __init__(self, connection: _socket.socket, environment: dict[bytes, bytes]) -> None:
         self.poll = select.poll()
@@ -279,7 +279,7 @@ class Runner:
         self.root = 0
 
     def serve(self) -> None:
-        """From the order to the last process's end."""
+        """One order after the other, each to the last process's end."""
         for number in FORWARDED:
             _signal.signal(number, _signal.SIG_IGN)
         wake, _ = wake_on_signals((_signal.SIGCHLD,))
@@ -289,8 +289,7 @@ class Runner:
             for descriptor, _ in self.poll.poll():
                 if descriptor == wake:
                     posix.read(wake, 512)
-                    if not self.reap():
-                        return
+                    self.reap()
                 else:
                     for kind, fields in self.wire.receive():
                         self.on_frame(kind, fields)
@@ -304,8 +303,8 @@ class Runner:
                 self.start(fields)
             except OSError as failure:
                 where = str(failure.strerror).encode()
-                self.wire.send(frame(EXEC_FAILED, fields[0], str(failure.errno or 5).encode(), where))
-                posix._exit(0)
+                failed = frame(EXEC_FAILED, fields[0], str(failure.errno or 5).encode(), where)
+                self.wire.send(failed + self.rest())
         elif kind == EXEC_SIGNAL and self.root:
             try:
                 posix.killpg(self.root, int(fields[1]))
@@ -323,6 +322,17 @@ class Runner:
                 environment[name] = value
         given = self.wire.take(3)
         try:
+            self.root = self.begin(command, environment, terminal, folder, given)
+        finally:
+            close_all(given)
+        self.wire.send(frame(EXEC_STARTED, self.number, str(self.root).encode()))
+
+    @staticmethod
+    def begin(
+        command: list[bytes], environment: dict[bytes, bytes], terminal: bytes, folder: bytes, given: list[int]
+    ) -> int:
+        """Start it; its pid. Raises OSError."""
+        try:
             posix.chdir(folder)
         except OSError as failure:
             raise OSError(failure.errno, "cwd") from None
@@ -333,22 +343,31 @@ class Runner:
             files += [(posix.POSIX_SPAWN_DUP2, 0, number) for number in (1, 2)]
         else:
             files = [(posix.POSIX_SPAWN_DUP2, descriptor, number) for number, descriptor in enumerate(given)]
-        self.root = spawn(command, environment, files)
-        close_all(given)
-        self.wire.send(frame(EXEC_STARTED, self.number, str(self.root).encode()))
+        return spawn(command, environment, files)
 
-    def reap(self) -> bool:
-        """Whether anything is left to wait for."""
-        while True:
+    def reap(self) -> None:
+        """Take note of every ended process; tell of the first one's end, and when none is left."""
+        told = b""
+        pid = -1
+        while pid != 0:
             try:
                 pid, status = posix.waitpid(-1, posix.WNOHANG)
             except ChildProcessError:
-                return not self.number
-            if pid == 0:
-                return True
-            if pid == self.root:
+                if self.number:
+                    told += self.rest()
+                break
+            if pid and pid == self.root:
                 self.root = 0
-                self.wire.send(frame(EXEC_EXITED, self.number, *outcome(status)))
+                told += frame(EXEC_EXITED, self.number, *outcome(status))
+        if told:
+            self.wire.send(told)
+
+    def rest(self) -> bytes:
+        """Nothing is left of the exec: stand by for the next. What is said of it."""
+        gone = frame(EXEC_GONE, self.number)
+        self.number, self.root = b"", 0
+        posix.chdir("/")  # its working folder is not held longer than it
+        return gone
 
 
 class Run:
@@ -364,6 +383,8 @@ class Run:
     def begin(self, number: bytes) -> None:
         """It is an exec's from now on."""
         self.number = number
+        self.ended = self.killing = False
+        self.quiet = 0
         # Ticks since the machine started, as /proc/<pid>/stat counts them.
         self.since = int(time.clock_gettime(time.CLOCK_BOOTTIME) * posix.sysconf("SC_CLK_TCK"))
 
@@ -664,15 +685,20 @@ class Guest:
 
     def hear(self, run: Run) -> None:
         """Pass a runner's news on. The next exec need not wait for a fork: it finds a runner that stands by."""
+        news = b""
         for kind, fields in run.wire.receive():
+            news += frame(kind, *fields)
             if kind in (EXEC_FAILED, EXEC_EXITED):
                 run.ended = True
-            self.link.send(frame(kind, *fields))
-        if run.ended and self.spare is None and self.phase is RUNNING:
-            try:
-                self.spare = self.new_runner()
-            except OSError:
-                pass
+            elif kind == EXEC_GONE:
+                self.runs.pop(run.number, None)
+                run.number = b""
+                if self.spare is None:
+                    self.spare = run
+                else:
+                    run.wire.close()  # which ends it
+        if news:
+            self.link.send(news)
 
     def on_runner_end(self, run: Run, status: int) -> None:
         """Nothing is left of an exec; or somebody ended its runner, and what it would have waited for is hunted."""

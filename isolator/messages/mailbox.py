@@ -115,10 +115,10 @@ class Mailbox:
     """One receiver: its connections, the oldest first, and how much is kept for it.
 
     count, size: messages and bytes kept, those still being written (`writing`) included; taking: some are being
-    fetched from the store just now; closed: its agent is no more.
+    fetched from the store just now; resting: the store refused that a moment ago; closed: its agent is no more.
     """
 
-    __slots__ = ("address", "closed", "count", "receivers", "size", "taking", "writing")
+    __slots__ = ("address", "closed", "count", "receivers", "resting", "size", "taking", "writing")
 
     def __init__(self, address: Address) -> None:
         """Empty."""
@@ -128,6 +128,7 @@ class Mailbox:
         self.size = 0
         self.writing = 0
         self.taking = False
+        self.resting = False
         self.closed = False
 
     @property

@@ -163,7 +163,7 @@ class Mailroom:
     def _look_after(self, mailbox: Mailbox) -> None:
         """Something changed: hand out what is kept, if it can be; forget a mailbox that nobody uses."""
         subscription = mailbox.receiver
-        if mailbox.closed or mailbox.taking:
+        if mailbox.closed or mailbox.taking or mailbox.resting:
             return
         if subscription is None:
             self._forget_unused(mailbox)
@@ -190,11 +190,16 @@ class Mailroom:
                     break  # the next one is too large for the room there is
         except IsolatorError as error:
             _log.warning("messages of agent %s can't be handed out yet: %s", address.agent, error)
-            asyncio.get_running_loop().call_later(_RETRY, self._look_after, mailbox)
+            mailbox.resting = True
+            asyncio.get_running_loop().call_later(_RETRY, self._rested, mailbox)
             return
         finally:
             mailbox.taking = False
         self._forget_unused(mailbox)
+
+    def _rested(self, mailbox: Mailbox) -> None:
+        mailbox.resting = False
+        self._look_after(mailbox)
 
     def _hand_out(self, mailbox: Mailbox, taken: list[KeptMessage]) -> list[KeptMessage]:
         """Give them to the receiver; those that nobody can take now, if it left meanwhile."""

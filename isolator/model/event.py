@@ -7,6 +7,9 @@ from typing import Any
 
 from isolator.model.agent import timestamp
 
+# What an agent says of itself, as often as it likes: the one type of events whose number a box decides.
+PROGRESS = "agent.progress"
+
 
 @dataclass(frozen=True, slots=True)
 class Event:

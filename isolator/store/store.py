@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from isolator.model.agent import Agent, State
 from isolator.model.errors import Conflict, Unavailable
-from isolator.model.event import Event
+from isolator.model.event import PROGRESS, Event
 from isolator.model.team import Team
 from isolator.store.listing import PAGE_BYTES, Page, Place, Wanted, read_page
 from isolator.store.mail import Mail
@@ -249,8 +249,17 @@ class Store:
         )
         number = int(cursor.lastrowid or 0)
         if number % _PRUNE_EVERY == 0:
-            self._connection.execute("DELETE FROM event WHERE id <= ?", (number - self._events_kept,))
+            self._prune_events()
         return replace(event, id=number)
+
+    def _prune_events(self) -> None:
+        """Of progress and of all else the newest are kept: a box that talks without end pushes out only talk."""
+        for kind in ("type = ?", "type <> ?"):
+            self._connection.execute(
+                f"DELETE FROM event WHERE {kind} AND id <="  # noqa: S608 - fixed text
+                f" (SELECT id FROM event WHERE {kind} ORDER BY id DESC LIMIT 1 OFFSET ?)",
+                (PROGRESS, PROGRESS, self._events_kept),
+            )
 
     async def events_after(self, number: int, limit: int) -> list[Event]:
         """Events with a greater id, oldest first, at most `limit`."""
