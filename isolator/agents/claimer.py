@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from isolator.agents.builder import BoxBuilder, Secrets
+from isolator.agents.builder import BoxBuilder, BuiltBox, Secrets
 from isolator.agents.channel import Release
 from isolator.agents.events import EventHub
 from isolator.agents.lifecycle import Lifecycle
@@ -94,7 +94,7 @@ class Claimer:
         subject = {"team": spec.team, "agent": spec.agent}
         summary = summary_of(spec, record.spec_digest)
         # While the disk is waited for: nothing of the agent's runs in the box yet, and without an intent it is gone.
-        placing = asyncio.ensure_future(self._placer.place(spec, held, ready.box.pid, ready.box.box_id))
+        placing = asyncio.ensure_future(self._place(spec, held, ready.box))
         try:
             intent = await self._audit.intent("agent.spawn", caller, **subject, **summary, warm=True)
         except BaseException:
@@ -122,6 +122,15 @@ class Claimer:
             self._events.tell(event)
         self._rename(live)
         return live
+
+    async def _place(self, spec: BoxSpec, held: Sequence[HeldFolder], box: BuiltBox) -> None:
+        """Let its folders appear in the box, and see that it is still what it was when it was made."""
+        placing = asyncio.ensure_future(self._placer.place(spec, held, box.pid, box.box_id))
+        try:
+            await asyncio.sleep(0)  # its thread works while we look
+            check_confinement(box.pid, spec)
+        finally:
+            await placing
 
     def _record_of(self, spec: BoxSpec, digest: str, ready: ReadyBox, held: Sequence[HeldFolder]) -> Agent:
         return Agent(
@@ -158,7 +167,6 @@ class Claimer:
         self._lifecycle.hearing.attach(live, ready.channel)
         self._lifecycle.hold(live)
         await uninterrupted(placing)
-        check_confinement(box.pid, spec)
         check_mounts_inside(spec, box.pid)
         release = Release(secrets, spec.command, spec.environment, spec.working_dir)
         await self._builder.release(spec, box, release, ready.channel)

@@ -28,15 +28,19 @@ from isolator.model.errors import Forbidden, Internal, IsolatorError, NotFound, 
 _log = logging.getLogger(__name__)
 HTTP_LOG = logging.getLogger("isolator.http")
 _BACKLOG = 256
-_SHUTDOWN = 5.0
+# The HTTP layer waits so long twice: for answers, then for those it has broken off.
+_SHUTDOWN = 2.5
 # How long the rest of a refused request is still read, so that its sender gets to read the answer.
 _LINGER = 1.0
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a failure in the HTTP layer may be a defect; what is no HTTP at all is its sender's, who was told."""
+    """Whether a failure in the HTTP layer may be a defect.
+
+    What is no HTTP at all is its sender's, who was told; a connection that broke is whoever's left it.
+    """
     kind = record.exc_info[0] if record.exc_info else None
-    return kind is None or not issubclass(kind, http_exceptions.HttpProcessingError)
+    return kind is None or not issubclass(kind, (http_exceptions.HttpProcessingError, ConnectionError))
 
 
 # Any peer could fill the log otherwise, a traceback for each line of rubbish.

@@ -102,7 +102,11 @@ class BoxSpec:
         return f"openclaw-{self.team}-{self.name}-{self.agent[:6]}"
 
     def meaning(self) -> dict[str, Any]:
-        """What the request meant, without what differs from one build of it to the next."""
+        """What the request meant, without what differs from one build of it to the next, in JSON's own types."""
+        result: dict[str, Any] = json.loads(json.dumps(self._meaning(), default=plain))
+        return result
+
+    def _meaning(self) -> dict[str, Any]:
         whole = plain(self)
         for volatile in ("agent", "labels", "guest_source", "pool"):
             del whole[volatile]
@@ -115,12 +119,11 @@ class BoxSpec:
         for mount in whole["mounts"]:
             for volatile in ("staged", "device", "inode"):
                 del mount[volatile]
-        result: dict[str, Any] = json.loads(json.dumps(whole, default=plain))
-        return result
+        return whole
 
     def digest(self) -> str:
         """`sha256:` of the meaning: two equal requests under equal settings have equal digests."""
-        text = json.dumps(self.meaning(), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self._meaning(), default=plain, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
