@@ -212,6 +212,42 @@ def test_a_reader_that_goes_ends_it_by_sigpipe(box: Box, where: str) -> None:
     wait_for(lambda: not box.processes("sigpipe-mark"), 10)
 
 
+@pytest.mark.parametrize("where", [LOCAL, IN_BOX])
+def test_a_command_whose_reader_goes_is_told_and_decides_itself(box: Box, where: str) -> None:
+    program = """
+import os, sys
+try:
+    while True:
+        os.write(1, b"x" * 65536)
+except BrokenPipeError:
+    os.write(2, b"told")
+    sys.exit(9)
+"""
+    process = box.start([*box.prefix(where), "python3", "-c", program])
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(10) == b"x" * 10
+    process.stdout.close()
+    assert process.wait(20) == 9
+    assert process.stderr.read() == b"told"
+
+
+@pytest.mark.parametrize("where", [LOCAL, IN_BOX])
+def test_whoever_writes_to_a_command_that_takes_no_more_is_told(box: Box, where: str) -> None:
+    process = box.start([*box.prefix(where), *shell("exec <&-; sleep 607")])
+    assert process.stdin is not None
+
+    def refused() -> bool:
+        try:
+            os.write(process.stdin.fileno(), b"x" * 1000)  # type: ignore[union-attr]
+        except BrokenPipeError:
+            return True
+        return False
+
+    wait_for(refused, 20)
+    assert process.poll() is None, "it runs on all the same"
+
+
 @pytest.mark.parametrize("number", PASSED[:6], ids=lambda number: number.name)
 def test_a_signal_reaches_the_command(box: Box, number: signal.Signals) -> None:
     name = number.name.removeprefix("SIG")

@@ -306,6 +306,31 @@ def test_a_hostile_box_holds_up_nobody(daemon: RunningDaemon) -> None:
     daemon.delete(f"/v1/agents/{hostile['id']}?grace=0")
 
 
+LINGER = TALK + """
+import array, struct
+server = socket.socket(); server.bind(("127.0.0.1", 0)); server.listen(1)
+slow = socket.create_connection(server.getsockname()); peer, _ = server.accept()
+slow.setblocking(False)
+try:
+    while True: slow.send(b"x" * 65536)
+except BlockingIOError: pass
+slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 20))
+try: link.sendmsg([b"{"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [slow.fileno()]))])
+except PermissionError: slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+slow.close()
+show("SENT")
+time.sleep(600)
+"""
+
+
+def test_an_open_file_that_is_slow_to_close_holds_up_nobody(daemon: RunningDaemon) -> None:
+    hostile = talker(daemon, LINGER)
+    # Whose last close waits 20 s for a reader would do so in the daemon's loop, where the kernel threw it away.
+    wait_for(lambda: b"SENT" in daemon.get(f"/v1/agents/{hostile['id']}/logs", timeout=8).content, 15)
+    assert daemon.get("/healthz", timeout=8).status == 200
+    daemon.delete(f"/v1/agents/{hostile['id']}?grace=0")
+
+
 # the examples of the document, as they stand there
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from isolator.host.processes import is_in, is_init_of
+from isolator.host.sockets import without_descriptors
 
 _BACKLOG = 64
 # Whoever knocks more often waits in the queue until the second is over.
@@ -65,7 +66,7 @@ class Door:
         finally:
             os.close(folder)
         listener.listen(_BACKLOG)
-        self._listener = listener
+        self._listener = without_descriptors(listener)
 
     def expect(self, container_id: str) -> None:
         """Open to the processes of this container."""
