@@ -44,6 +44,7 @@ from isolator.files.service import Files
 from isolator.host import systemd
 from isolator.host.folders import FolderOpener
 from isolator.host.placing import Placer
+from isolator.host.sockets import without_descriptors
 from isolator.model.errors import IsolatorError, Unavailable
 from isolator.model.image import ImageFacts
 from isolator.network.selftest import NetworkProof
@@ -97,6 +98,7 @@ class Daemon:
             await self._audit.note("daemon.start", None, version=__version__, daemon=self._host.daemon)
             if self._audit.recovered:
                 await self._audit.note("audit.recovered", None, torn=self._audit.recovered)
+            listeners = [without_descriptors(listener) for listener in listeners]
             await self._server.start(listeners)
             self._start_tasks()
             systemd.notify(f"READY=1\nSTATUS=Serving {listeners[0].getsockname()}")

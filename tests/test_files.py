@@ -413,6 +413,9 @@ def test_a_tree_is_removed_with_nothing_behind_its_links(box: Box) -> None:
     assert_problem(box.ask("DELETE", "/workspace/deep?recursive"), 409, "folder_too_deep")
     assert box.ask("DELETE", "/workspace/deep" + "/d" * 100 + "?recursive").status == 204
     assert box.ask("DELETE", "/workspace/deep?recursive").status == 204
+    deep = "/workspace/made" + "/d" * 140
+    assert_problem(box.ask("POST", f"{deep}?mkdir&parents"), 409, "folder_too_deep")
+    assert not (box.workspace / "made").exists()
 
 
 # what it is for

@@ -306,7 +306,9 @@ def test_a_hostile_box_holds_up_nobody(daemon: RunningDaemon) -> None:
     daemon.delete(f"/v1/agents/{hostile['id']}?grace=0")
 
 
-LINGER = TALK + """
+LINGER = (
+    TALK
+    + """
 import array, struct
 server = socket.socket(); server.bind(("127.0.0.1", 0)); server.listen(1)
 slow = socket.create_connection(server.getsockname()); peer, _ = server.accept()
@@ -321,6 +323,7 @@ slow.close()
 show("SENT")
 time.sleep(600)
 """
+)
 
 
 def test_an_open_file_that_is_slow_to_close_holds_up_nobody(daemon: RunningDaemon) -> None:

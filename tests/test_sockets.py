@@ -41,7 +41,9 @@ def send_along(caller: socket.socket, descriptors: list[int]) -> None:
 
 
 @pytest.fixture(params=["kernel", "ourselves"])
-def listener(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+def listener(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[socket.socket]:
     if request.param == "ourselves":
         monkeypatch.setattr(sockets, "_SO_PASSRIGHTS", 9999)  # as a kernel that does not know it
     made = socket.socket(socket.AF_UNIX)

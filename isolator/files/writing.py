@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from isolator.files.facts import FileFacts
 from isolator.files.refusals import exists, refusing, wrong_kind
+from isolator.files.removing import MOST_DEPTH
 from isolator.files.roots import (
     BENEATH,
     Target,
@@ -296,6 +297,9 @@ def _folder_of(root: int, target: Target, *, parents: bool) -> int:
     """A descriptor of the folder that a place lies in; with `parents`, made where it is missing."""
     place = target.place
     if parents:
+        if len(place.within) > MOST_DEPTH:
+            # What is made here can be removed here.
+            raise Conflict("folder_too_deep", f"Folders are made at most {MOST_DEPTH} deep.")
         for depth in range(1, len(place.within)):
             path = b"/".join(place.within[:depth])
             try:

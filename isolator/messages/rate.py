@@ -6,7 +6,7 @@ import time
 
 _BURST_SECONDS = 2.0
 _REST = 0.25
-_BYTES_A_TOKEN = 16 * 1024
+_BYTES_A_TOKEN = 4 * 1024
 
 
 class Bucket:
@@ -23,7 +23,7 @@ class Bucket:
     def take(self, size: int) -> float:
         """Take the price of a message of that many bytes; 0, or the seconds to wait before the next try.
 
-        Each 16 KiB more count as one more message: large ones cost as much to read.
+        Each 4 KiB more count as one more message: large ones cost as much to read.
         """
         now = time.monotonic()
         most = self._rate * _BURST_SECONDS
