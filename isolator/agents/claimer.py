@@ -98,7 +98,7 @@ class Claimer:
         try:
             intent = await self._audit.intent("agent.spawn", caller, **subject, **summary, warm=True)
         except BaseException:
-            await uninterrupted(asyncio.wait({placing}))
+            await uninterrupted(_given_up(placing))
             await uninterrupted(self._builder.demolish(ready.spec, ready.channel, ready.box.box_id))
             raise
         live, result = LiveAgent(record), "failed"
@@ -109,7 +109,7 @@ class Claimer:
                 result = "undone"
                 event = await self._note(live.record, intent, key)
             except BaseException as error:
-                await uninterrupted(asyncio.wait({placing}))
+                await uninterrupted(_given_up(placing))
                 await uninterrupted(self._take_back(live, ready))
                 code = error.code if isinstance(error, IsolatorError) else type(error).__name__
                 await uninterrupted(self._audit.outcome(intent, "agent.spawn", result, **subject, code=code))
@@ -166,7 +166,7 @@ class Claimer:
         record, spec, box = live.record, live.record.spec, ready.box
         self._lifecycle.hearing.attach(live, ready.channel)
         self._lifecycle.hold(live)
-        await uninterrupted(placing)
+        await placing
         check_mounts_inside(spec, box.pid)
         release = Release(secrets, spec.command, spec.environment, spec.working_dir)
         await self._builder.release(spec, box, release, ready.channel)
@@ -196,6 +196,14 @@ class Claimer:
         task = asyncio.create_task(rename())
         self._renaming.add(task)
         task.add_done_callback(self._renaming.discard)
+
+
+async def _given_up(work: asyncio.Future[None]) -> None:
+    """Nobody wants it any more; whatever of it can't be broken off has ended when this returns."""
+    work.cancel()
+    await asyncio.wait({work})
+    if not work.cancelled():
+        work.exception()  # seen
 
 
 async def rename_box(backend: Backend, live: LiveAgent) -> None:
