@@ -150,7 +150,6 @@ class AuditLog:
             else:
                 for _, done in waiting:
                     done.set_result(None)
-                self._note_head()
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         sequence, previous = self.head.sequence, self.head.hash
@@ -172,14 +171,7 @@ class AuditLog:
                 self._broken = "a torn line could not be taken back"
             raise
         self.head = Head(sequence, previous, self.head.size + len(data))
-
-    def _note_head(self) -> None:
-        """Behind the lines, which nobody need wait for any longer: a log may be ahead of its head, never behind it."""
-        head = self.head
-        try:
-            os.pwrite(self._head_descriptor, f"{head.sequence:020d} {head.hash} {head.size:020d}\n".encode(), 0)
-        except OSError as error:
-            self._broken = f"its head: {error.strerror}"
+        os.pwrite(self._head_descriptor, f"{sequence:020d} {previous} {self.head.size:020d}\n".encode(), 0)
 
     def close(self) -> None:
         """Write what waits and close."""
