@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -271,6 +272,8 @@ def test_spawn_wait_shows_progress_below_the_output(sit: Sit, server: StandIn) -
     assert "\r\x1b[Kone\r\n" in shown
     assert "two three" in shown  # a line that is not finished is left alone
     assert person.ends() == 0
+    while select.select([person.keyboard], [], [], 0)[0]:
+        person.seen += os.read(person.keyboard, 65536).decode(errors="replace")
     assert not person.seen.endswith("(1 min)")
 
 

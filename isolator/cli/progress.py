@@ -74,6 +74,7 @@ class ProgressLine:
         self._text = ""
         self._shown = False
         self._at_start_of_line = True
+        self._over = False
 
     def __enter__(self) -> Self:
         from isolator.client import IsolatorClientError  # noqa: PLC0415 - loaded with the client anyway
@@ -88,7 +89,9 @@ class ProgressLine:
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()
-        self.hide()
+        with self._lock:
+            self._hide()
+            self._over = True
 
     def around(self, write: Callable[[int, bytes], None]) -> Callable[[int, bytes], None]:
         """The same, with the line out of the way meanwhile."""
@@ -131,7 +134,7 @@ class ProgressLine:
             self._shown = False
 
     def _show(self) -> None:
-        if self._text and self._at_start_of_line:
+        if self._text and self._at_start_of_line and not self._over:
             _say(self._text)
             self._shown = True
 
